@@ -1,0 +1,215 @@
+"""The command line: one short function a verb. Heavy imports happen inside the verbs, to stay quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from metier.config import RunConfig, describe_fields, load_run_config
+from metier.errors import MetierError
+
+app = typer.Typer(
+    help="Specialise a Mixture-of-Experts model for a task by training only the experts that the task uses.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+RUN_KEYS = "\n\n".join(
+    ["The keys of a run, in the YAML file or as options (--key value):"]
+    + [f"{name}: {meaning} [{kind}; {default}]" for name, kind, default, meaning in describe_fields()]
+)
+
+Model = Annotated[str, typer.Argument(help="A local folder, a hub id, or 'embedded'.")]
+Delta = Annotated[Path, typer.Argument(help="An adapter's folder, e.g. runs/NAME/adapter.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+
+
+class Score(StrEnum):
+    """How an expert's relevance is measured."""
+
+    gate = "gate"
+    token = "token"
+
+
+def main() -> None:
+    """Run the command line. An error of ours is printed without a traceback and ends with exit code 2."""
+    try:
+        app()
+    except MetierError as error:
+        if os.environ.get("METIER_DEBUG"):
+            raise
+        from rich.console import Console
+        from rich.text import Text
+
+        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), (str(error), "red")))
+        sys.exit(2)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (or METIER_DEBUG=1).")] = False,
+) -> None:
+    if debug:
+        os.environ["METIER_DEBUG"] = "1"
+
+
+@app.command()
+def demo(
+    task: Annotated[str, typer.Argument(help="The embedded task: sections, synopsis or translate.")] = "synopsis",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.")] = Path("runs/demo"),
+    baselines: Annotated[bool, typer.Option(help="Train full fine-tuning and LoRA too, to compare.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the data's order.")] = 0,
+) -> None:
+    """Run the whole walk on the embedded model: profile, select, train, evaluate, report."""
+    from metier.training.demo import run_demo
+
+    run_demo(task, output, baselines, seed)
+
+
+@app.command()
+def profile(
+    model: Model,
+    dataset: Annotated[str, typer.Argument(help="The task's records: a file, a folder or a `datasets` name.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for profile.safetensors and profile.json.")],
+    split: Annotated[str | None, typer.Option(help="Split of the data set.")] = None,
+    num_tokens: Annotated[int, typer.Option(help="Tokens to profile.")] = 131_072,
+    max_length: Annotated[int, typer.Option(help="Tokens in one packed sequence.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Sequences at once.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Measure which experts a task uses."""
+    from metier.data.records import load_records
+    from metier.models.load import load
+    from metier.routing.profile import profile as profile_routing
+
+    records = load_records(dataset, split=split)
+    loaded = load(model, trust_remote_code=trust_remote_code)
+    result = profile_routing(
+        loaded.model,
+        loaded.tokenizer,
+        records,
+        num_tokens=num_tokens,
+        max_length=max_length,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    result.save(output)
+    typer.echo(f"Profiled {sum(result.num_tokens_H):,} tokens in {len(result.layer_ids)} MoE layers: {output}")
+
+
+@app.command()
+def select(
+    profile: Annotated[Path, typer.Argument(help="The folder that `metier profile` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The selection's file.")] = Path("selection.json"),
+    score: Annotated[Score, typer.Option(help="Measure by gates' mass or by routed tokens.")] = Score.token,
+    top_p: Annotated[float, typer.Option(help="Share of a layer's score to cover, in (0, 1].")] = 0.2,
+) -> None:
+    """Choose the experts to train from a profile."""
+    from metier.routing.profile import RoutingProfile
+    from metier.routing.selection import SelectionConfig
+    from metier.routing.selection import select as select_experts
+
+    selection = select_experts(RoutingProfile.load(profile), SelectionConfig(score=score.value, top_p=top_p))
+    selection.save(output)
+    num_experts = sum(len(experts) for experts in selection.experts.values())
+    typer.echo(f"Selected {num_experts} experts in {len(selection.experts)} layers: {output}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, epilog=RUN_KEYS)
+def train(
+    context: typer.Context,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN.YAML]", help="YAML file of a run's keys.")] = None,
+    preview: Annotated[bool, typer.Option("--preview", help="Show what is trained on, and stop.")] = False,
+) -> None:
+    """Train a model on a task; every key of the run's file is also an option."""
+    # Options that typer does not know are left in order: without a file the first of them lands in `run`.
+    tokens = [*([run] if run else []), *context.args]
+    path = tokens.pop(0) if tokens and not tokens[0].startswith("--") else None
+    config = load_run_config(path, tokens)
+    if preview:
+        _preview(config)
+        return
+    from metier.training.run import train as train_run
+
+    train_run(config)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    task: Annotated[str | None, typer.Option(help="An embedded task: sections, synopsis or translate.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A delta to put on the model.")] = None,
+    general: Annotated[bool, typer.Option(help="Measure general ability too.")] = True,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File for the scores, as JSON.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Score a model, with or without a delta, on a task and on general ability."""
+    import json
+
+    from metier.evaluation.evaluate import evaluate as evaluate_model
+    from metier.models.load import load
+
+    loaded = load(model, trust_remote_code=trust_remote_code)
+    subject = loaded.model
+    if adapter is not None:
+        from peft import PeftModel
+
+        subject = PeftModel.from_pretrained(subject, str(adapter))
+    scores = json.dumps(evaluate_model(subject, loaded.tokenizer, task=task, general=general).to_dict(), indent=2)
+    if output is not None:
+        output.write_text(scores + "\n", encoding="utf-8")
+    typer.echo(scores)
+
+
+@app.command()
+def inspect(delta: Delta) -> None:
+    """Show what a delta holds: its base, layers, experts and size."""
+    from metier.deltas.inspect import inspect as inspect_delta
+
+    _print(inspect_delta(delta))
+
+
+@app.command()
+def verify(delta: Delta, base: Annotated[str, typer.Argument(help="The base model.")]) -> None:
+    """Check a delta against its base: right base, nothing else moved, every selected row did."""
+    from metier.deltas.verify import verify as verify_delta
+
+    _print(verify_delta(delta, base))
+
+
+@app.command()
+def merge(
+    delta: Delta,
+    base: Annotated[str, typer.Argument(help="The base model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the merged model.")],
+) -> None:
+    """Write the base with a delta's rows in place of its own, as an ordinary model."""
+    from metier.deltas.merge import merge as merge_delta
+
+    merge_delta(delta, base, output)
+    typer.echo(f"Merged model: {output}")
+
+
+def _preview(config: RunConfig) -> None:
+    from metier.data.encode import encode_records
+    from metier.data.preview import preview
+    from metier.data.records import load_records
+    from metier.models.load import load
+
+    records = load_records(config.dataset)
+    loaded = load(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    _print(preview(encode_records(records, loaded.tokenizer, max_length=config.max_length), loaded.tokenizer))
+
+
+def _print(renderable: object) -> None:
+    from rich.console import Console
+
+    Console().print(renderable)

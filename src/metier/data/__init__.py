@@ -1,0 +1,1 @@
+"""Records in the formats people have (messages, prompt/completion, alpaca, ShareGPT), to token batches."""

@@ -1,0 +1,64 @@
+"""Every exception that metier raises on purpose, in one tree, so that a caller can catch as widely as it likes.
+
+```
+MetierError
+├── ConfigError            a run's or a component's configuration cannot be used (also a ValueError)
+├── DataError              records cannot be read, encoded or trained on (also a ValueError)
+├── ModelError             a model cannot be loaded
+│   └── UnsupportedModelError   it loads, but has no expert layer that metier can work on
+├── SelectionError         a selection names experts or layers that do not exist (also a ValueError)
+├── DeltaError             what a run left behind cannot be used
+│   ├── CorruptDeltaError       the files are truncated, altered or not a delta
+│   ├── BaseMismatchError       the delta was trained on another base
+│   └── VerificationError       a delta broke one of the promises that `metier verify` checks
+└── RunError               a run cannot start, go on or be resumed
+```
+
+Every message says where, what was got, what was expected and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class MetierError(Exception):
+    """Root of all exceptions that metier raises on purpose."""
+
+
+class ConfigError(MetierError, ValueError):
+    """A configuration cannot be used: an unknown key, a wrong type, a value outside its range."""
+
+
+class DataError(MetierError, ValueError):
+    """Records cannot be read, encoded or trained on."""
+
+
+class ModelError(MetierError):
+    """A model cannot be loaded."""
+
+
+class UnsupportedModelError(ModelError):
+    """A model has no expert layer that follows transformers' experts contract."""
+
+
+class SelectionError(MetierError, ValueError):
+    """A selection names experts or layers that the model does not have, or nothing at all."""
+
+
+class DeltaError(MetierError):
+    """What a run left behind cannot be used."""
+
+
+class CorruptDeltaError(DeltaError):
+    """A delta's files are truncated, altered, mis-shaped or not a delta at all."""
+
+
+class BaseMismatchError(DeltaError):
+    """A delta was trained on another base than the one it is being put on."""
+
+
+class VerificationError(DeltaError):
+    """A delta broke one of the promises that `metier verify` checks."""
+
+
+class RunError(MetierError):
+    """A run cannot start, go on or be resumed."""

@@ -1,0 +1,155 @@
+"""One expert layer with ESFT adapters on it: the base bank, and each adapter's bank of experts that it replaces."""
+
+# T tokens, D hidden_size, K top_k, E experts of the base, R requests of a batch
+
+from __future__ import annotations
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from metier.errors import DeltaError, UnsupportedModelError
+from metier.methods.virtual_experts import Activation, ExpertBank, virtual_experts
+from metier.models.moe import MoELayer
+
+
+class EsftExperts(nn.Module, BaseTunerLayer):
+    """Stands in a model for an experts module of transformers' contract, which it keeps as `base_layer`.
+
+    An adapter's rows are float32 parameters `esft_<name>.<adapter>` of shape `(k, …)`, in the layout of the base's
+    stacked parameter `<name>`; row i replaces expert `expert_ids(adapter)[i]`. They begin as copies of the base's rows.
+    """
+
+    def __init__(self, view: MoELayer) -> None:
+        super().__init__()
+        if view.has_post_expert_norm:
+            raise UnsupportedModelError(
+                f"{view.path}: {type(view.experts).__name__} normalises every expert's output, which the ESFT tuner "
+                "does not support yet. Expected experts without has_post_expert_norm."
+            )
+        self.base_layer = view.experts
+        self.layer_index, self.path = view.index, view.path
+        self.num_experts, self.is_transposed, self.has_gate = view.num_experts, view.is_transposed, view.has_gate
+        self.base_names = view.parameter_names()
+        self.adapter_layer_names = tuple(f"esft_{name}" for name in self.base_names)
+        self.other_param_names = ("esft_expert_ids",)
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        # not saved with the weights: adapter_config.json says which experts the rows are
+        self.esft_expert_ids = BufferDict({}, persistent=False)
+        self.merged_adapters: list[str] = []
+        self._base_rows: dict[str, dict[str, Tensor]] = {}
+        self._adapters_by_request: tuple[tuple[str, ...], ...] | None = None
+
+    def expert_ids(self, adapter_name: str) -> list[int]:
+        """Which experts an adapter replaces here; empty if it does not touch this layer."""
+        if adapter_name not in self.esft_expert_ids:
+            return []
+        ids: list[int] = self.esft_expert_ids[adapter_name].tolist()
+        return ids
+
+    def update_layer(self, adapter_name: str, expert_ids: list[int]) -> None:
+        """Add an adapter whose rows begin as copies of the base's: a delta of zero."""
+        first = getattr(self.base_layer, self.base_names[0])
+        ids = torch.tensor(expert_ids, dtype=torch.int64, device=first.device)
+        self.esft_expert_ids[adapter_name] = ids
+        for name in self.base_names:
+            rows = getattr(self.base_layer, name).detach()[ids].float().clone()
+            getattr(self, f"esft_{name}")[adapter_name] = nn.Parameter(rows)
+        BaseTunerLayer.set_adapter(self, self._active())
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As the experts contract has it: (T, D), (T, K) int64, (T, K) → (T, D)."""
+        by_request = self._adapters_by_request or (tuple(self._active()),)
+        names = [name for name in dict.fromkeys(n for r in by_request for n in r) if self.expert_ids(name)]
+        if self.disable_adapters or self.merged or not names:
+            out_TD: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
+            return out_TD
+        table_RE = torch.stack([self._virtual_ids(names, adapters) for adapters in by_request])
+        num_tokens = top_k_index.shape[0]
+        if num_tokens % len(by_request):
+            raise DeltaError(
+                f"{self.path}: {num_tokens} tokens cannot be parted among {len(by_request)} requests; "
+                "adapter_names needs one name a row of the batch."
+            )
+        request_T = torch.arange(num_tokens, device=top_k_index.device) // (num_tokens // len(by_request))
+        return virtual_experts(
+            hidden_states,
+            top_k_index,
+            table_RE[request_T.unsqueeze(-1), top_k_index],
+            top_k_weights,
+            base=self._bank({name: getattr(self.base_layer, name) for name in self.base_names}),
+            deltas=tuple(self._bank(self._rows(adapter)) for adapter in names),
+            activation=self._activation(),
+            is_transposed=self.is_transposed,
+        )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the adapters' rows over the base's, which are kept for `unmerge`.
+
+        Raises:
+            DeltaError: two of the adapters replace the same expert, or (with `safe_merge`) a row is not finite.
+        """
+        names = [n for n in (adapter_names or self._active()) if self.expert_ids(n)]
+        names = [n for n in names if n not in self.merged_adapters]
+        self._virtual_ids([*self.merged_adapters, *names], (*self.merged_adapters, *names))
+        for adapter in names:
+            rows = self._rows(adapter)
+            if safe_merge and not all(torch.isfinite(tensor).all() for tensor in rows.values()):
+                raise DeltaError(
+                    f"{self.path}: adapter '{adapter}' holds values that are not finite; nothing was merged."
+                )
+            ids = self.esft_expert_ids[adapter]
+            self._base_rows[adapter] = {n: getattr(self.base_layer, n).detach()[ids].clone() for n in rows}
+            self._write(ids, rows)
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Put the base's rows back, to the bit."""
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            self._write(self.esft_expert_ids[adapter], self._base_rows.pop(adapter))
+
+    def set_requests(self, adapters_by_request: tuple[tuple[str, ...], ...] | None) -> None:
+        """For the next forward passes: which adapters each row of the batch uses; None for the active ones."""
+        self._adapters_by_request = adapters_by_request
+
+    @torch.no_grad()
+    def _write(self, ids: Tensor, rows: dict[str, Tensor]) -> None:
+        for name, tensor in rows.items():
+            weight = getattr(self.base_layer, name)
+            weight[ids] = tensor.detach().to(weight.dtype)
+
+    def _rows(self, adapter: str) -> dict[str, Tensor]:
+        return {name: getattr(self, f"esft_{name}")[adapter] for name in self.base_names}
+
+    def _bank(self, tensors: dict[str, Tensor]) -> ExpertBank:
+        up = self.base_names[0]
+        return ExpertBank(tensors[up], tensors["down_proj"], tensors.get(f"{up}_bias"), tensors.get("down_proj_bias"))
+
+    def _active(self) -> list[str]:
+        names: list[str] = BaseTunerLayer.active_adapters.fget(self)
+        return names
+
+    def _activation(self) -> Activation:
+        activation: Activation = getattr(self.base_layer, "_apply_gate" if self.has_gate else "act_fn")
+        return activation
+
+    def _virtual_ids(self, names: list[str], adapters: tuple[str, ...]) -> Tensor:
+        """(E,) int64: the virtual id of every expert for a request that uses `adapters`, the banks being `names`."""
+        device = getattr(self.base_layer, self.base_names[0]).device
+        table_E, first = torch.arange(self.num_experts, device=device), self.num_experts
+        owner: dict[int, str] = {}
+        for name in names:
+            ids = self.esft_expert_ids[name]
+            if name in adapters:
+                for expert in ids.tolist() if len(adapters) > 1 else ():
+                    if owner.setdefault(expert, name) != name:
+                        raise DeltaError(
+                            f"layers.{self.layer_index}: adapters '{owner[expert]}' and '{name}' both replace expert "
+                            f"{expert}, and an expert can be replaced once. Activate one of them."
+                        )
+                table_E[ids] = torch.arange(first, first + len(ids), device=device)
+            first += len(ids)
+        return table_E

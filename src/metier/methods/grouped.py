@@ -1,0 +1,68 @@
+"""Grouped matrix products: one weight a group, each group's rows lying together.
+
+Three products make a linear layer and its backward pass. On CUDA they are torch's grouped kernels; elsewhere a loop of
+plain products that skips empty groups, which on a CPU is what torch's own kernel does too, without its copies.
+"""
+
+# P rows in group order, G groups, I inputs, O outputs
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def grouped_matmul(rows_PI: Tensor, weight_GIO: Tensor, bounds: Sequence[int]) -> Tensor:
+    """`rows[bounds[g]:bounds[g+1]] @ weight[g]` for every group, (P, O) in the dtype of the inputs.
+
+    Args:
+        rows_PI: rows in group order; row 0 is `bounds[0]`.
+        weight_GIO: any strides, so that a transposed view costs nothing.
+        bounds: G + 1 row numbers, ascending.
+    """
+    if rows_PI.is_cuda:
+        return F.grouped_mm(rows_PI, weight_GIO, offs=_offsets(bounds, rows_PI.device))
+    out_PO = rows_PI.new_empty(rows_PI.shape[0], weight_GIO.shape[2])
+    for group, (first, last) in _filled(bounds):
+        torch.mm(rows_PI[first:last], weight_GIO[group], out=out_PO[first:last])
+    return out_PO
+
+
+def grouped_outer(left_PO: Tensor, right_PI: Tensor, bounds: Sequence[int]) -> Tensor:
+    """`left[rows of g].T @ right[rows of g]` for every group, (G, O, I): a linear layer's weight gradient.
+
+    An empty group's gradient is zero.
+    """
+    if left_PO.is_cuda:
+        return F.grouped_mm(left_PO.t(), right_PI, offs=_offsets(bounds, left_PO.device))
+    out_GOI = left_PO.new_zeros(len(bounds) - 1, left_PO.shape[1], right_PI.shape[1])
+    for group, (first, last) in _filled(bounds):
+        torch.mm(left_PO[first:last].t(), right_PI[first:last], out=out_GOI[group])
+    return out_GOI
+
+
+def grouped_sum(rows_PO: Tensor, bounds: Sequence[int]) -> Tensor:
+    """Sum of every group's rows, (G, O): a bias' gradient."""
+    out_GO = rows_PO.new_zeros(len(bounds) - 1, rows_PO.shape[1])
+    for group, (first, last) in _filled(bounds):
+        torch.sum(rows_PO[first:last], dim=0, out=out_GO[group])
+    return out_GO
+
+
+def grouped_repeat(values_GO: Tensor, bounds: Sequence[int]) -> Tensor:
+    """Every group's vector once a row, (P, O): a bias spread over its rows."""
+    counts = torch.tensor([last - first for first, last in pairwise(bounds)], device=values_GO.device)
+    return values_GO.repeat_interleave(counts, dim=0)
+
+
+def _filled(bounds: Sequence[int]) -> list[tuple[int, tuple[int, int]]]:
+    start = bounds[0]
+    return [(g, (a - start, b - start)) for g, (a, b) in enumerate(pairwise(bounds)) if b > a]
+
+
+def _offsets(bounds: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([end - bounds[0] for end in bounds[1:]], dtype=torch.int32, device=device)

@@ -1,0 +1,73 @@
+"""Sort token-expert pairs so that each expert's rows lie together: the bookkeeping of every sparse layer.
+
+A router gives every token `K` experts. The products want it the other way round, all rows of one expert side by side.
+`PairOrder` holds that order and the way back; both ways are gathers, so no pass needs a scattered addition.
+"""
+
+# T tokens, K top_k, V virtual experts, S = T * K pairs, P = S and the rows that fill up blocks
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CPU_BLOCK = 64
+"""Rows of one expert are filled up to a multiple of this where products run through oneDNN, which makes a kernel for
+every new shape: with as many shapes as there are row counts, making them costs several times what running them does."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairOrder:
+    """The rows of a sparse layer in expert order."""
+
+    token_P: Tensor
+    """Which token a row holds, int64; a filling row holds some token's values, and weighs nothing."""
+    pair_P: Tensor
+    """Which (token, slot) pair a row is, int64, flattened; S for a filling row."""
+    row_TK: Tensor
+    """In which row each pair lies, int64."""
+    bounds: tuple[int, ...]
+    """Row at which each virtual expert begins, and the end: V + 1 entries."""
+
+    def spread(self, values_TK: Tensor) -> Tensor:
+        """Per-pair values as (P,), 0 in filling rows."""
+        flat = torch.cat([values_TK.reshape(-1), values_TK.new_zeros(1)])
+        return flat[self.pair_P]
+
+
+def order_pairs(expert_ids_TK: Tensor, virtual_ids_TK: Tensor, *, num_virtual: int, block: int) -> PairOrder:
+    """Sort pairs by virtual expert id, each expert's rows filled up to a multiple of `block`.
+
+    Rows of one virtual expert keep the order that transformers' grouped backend gives the pairs of one expert: what a
+    matrix product makes of a row depends, in its last bit, on where the row lies in its group.
+
+    Args:
+        expert_ids_TK: what the router chose, int64.
+        virtual_ids_TK: which virtual expert that is, int64, in [0, num_virtual).
+        block: 1 leaves no filling rows.
+    """
+    num_tokens, top_k = virtual_ids_TK.shape
+    as_transformers_S = torch.sort(expert_ids_TK.reshape(-1)).indices
+    sorted_S, order_S = torch.sort(virtual_ids_TK.reshape(-1)[as_transformers_S], stable=True)
+    pair_S = as_transformers_S[order_S]
+    count_V = torch.bincount(sorted_S, minlength=num_virtual)
+    size_V = (count_V + block - 1) // block * block
+    bounds = (0, *size_V.cumsum(0).tolist())
+    if block == 1:
+        row_S, pair_P = torch.arange(pair_S.numel(), device=pair_S.device), pair_S
+    else:
+        shift_V = (size_V.cumsum(0) - size_V) - (count_V.cumsum(0) - count_V)
+        row_S = torch.arange(pair_S.numel(), device=pair_S.device) + shift_V[sorted_S]
+        pair_P = pair_S.new_full((bounds[-1],), pair_S.numel())
+        pair_P[row_S] = pair_S
+    row_TK = torch.empty_like(pair_S)
+    row_TK[pair_S] = row_S
+    token_P = (pair_P // top_k).clamp_(max=num_tokens - 1)
+    return PairOrder(token_P, pair_P, row_TK.view(num_tokens, top_k), bounds)
+
+
+def block_rows(device: torch.device, dtype: torch.dtype) -> int:
+    """How many rows `order_pairs` should fill a block up to, for products on `device` in `dtype`."""
+    return CPU_BLOCK if device.type == "cpu" and dtype != torch.float32 else 1

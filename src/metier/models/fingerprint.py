@@ -1,0 +1,71 @@
+"""A fingerprint of a base model, so that a delta trained on one base is never put on another.
+
+It covers what a delta's meaning depends on and what is small even in a 600B model: the architecture's
+essential sizes and every router's weights. Two bases that route alike and have the same shape have the same
+fingerprint.
+
+Not covered: the experts' own weights, attention, norms and embeddings (a base whose router is untouched but
+whose attention was tuned passes), the tokenizer, and differences in the router below bfloat16's resolution.
+The last is the price for one base having one fingerprint whether it was loaded in bfloat16 or in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from metier.models.moe import MoELayer, moe_layers
+from metier.models.unwrap import bare_model, base_tensors, original_module, own_tensors
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over the essential configuration and all router weights, as 64 hexadecimal digits.
+
+    The same for a model bare or wrapped by PEFT, and for a checkpoint loaded in bfloat16 or float32:
+    floating-point tensors are rounded to bfloat16 before they are hashed.
+
+    Args:
+        model: a transformers MoE model, bare or wrapped by PEFT.
+
+    Raises:
+        UnsupportedModelError: as `moe_layers`.
+    """
+    bare = bare_model(model)
+    layers = moe_layers(bare)
+    digest = hashlib.sha256(json.dumps(_essentials(bare, layers), sort_keys=True).encode())
+    for layer in layers:
+        for name, tensor in _router_tensors(bare, layer):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(_normalised_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _essentials(bare: nn.Module, layers: list[MoELayer]) -> dict[str, object]:
+    config = getattr(bare, "config", None)
+    text_config = config if config is None else config.get_text_config()
+    names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+    essentials: dict[str, object] = {name: getattr(text_config, name, None) for name in names}
+    essentials["layers"] = [
+        (x.index, x.num_experts, x.top_k, x.hidden_size, x.moe_intermediate_size, x.num_shared_experts) for x in layers
+    ]
+    return essentials
+
+
+def _router_tensors(bare: nn.Module, layer: MoELayer) -> Iterator[tuple[str, Tensor]]:
+    # some families keep the router's correction bias in the block instead of in the router
+    block_path = layer.path.rpartition(".")[0]
+    yield from own_tensors(original_module(bare.get_submodule(block_path)), f"{block_path}.")
+    if layer.router_path is not None:
+        yield from base_tensors(bare.get_submodule(layer.router_path), f"{layer.router_path}.")
+
+
+def _normalised_bytes(tensor: Tensor) -> bytes:
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):  # sharded by FSDP2
+        tensor = tensor.full_tensor()
+    tensor = tensor.to("cpu", torch.bfloat16 if tensor.is_floating_point() else torch.int64).contiguous()
+    return tensor.view(torch.uint8).numpy().tobytes()

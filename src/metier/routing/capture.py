@@ -1,0 +1,87 @@
+"""Watch the router through the experts' inputs, with hooks that leave no trace in the model.
+
+Whatever a family's router computes, its experts are called as `experts(hidden_states_TD, top_k_index_TK,
+top_k_weights_TK)`; so the inputs of the experts are the one place where every family shows the same thing.
+"""
+
+# T tokens, D hidden_size, K top_k, B sequences, S sequence_length
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metier.errors import UnsupportedModelError
+from metier.models.moe import MoELayer
+from metier.routing.counter import RoutingCounter
+
+
+class RoutingCapture:
+    """Counts every forward pass between `watch` and its end; see `watch`."""
+
+    def __init__(self, layers: Sequence[MoELayer], counter: RoutingCounter) -> None:
+        self._layers = layers
+        self._counter = counter
+        self._half_T = torch.zeros(0, dtype=torch.int64)
+        self._seen = [0] * len(layers)
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Hook the experts' entries; the hooks are gone at the end, whatever happened."""
+        handles = [
+            layer.entry.register_forward_pre_hook(self._hook(position), with_kwargs=True)
+            for position, layer in enumerate(self._layers)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def batch(self, half_T: Tensor) -> Iterator[None]:
+        """One forward pass over tokens whose sequences belong to these halves (0 or 1).
+
+        Raises:
+            UnsupportedModelError: a layer's experts were not called on exactly these tokens.
+        """
+        self._half_T = half_T
+        self._seen = [0] * len(self._layers)
+        yield
+        for layer, seen in zip(self._layers, self._seen, strict=True):
+            if seen != half_T.numel():
+                raise UnsupportedModelError(
+                    f"{layer.path}: the experts received {seen} tokens in a batch of {half_T.numel()}.\n"
+                    f"metier counts routing only where each token passes a layer's experts exactly once."
+                )
+
+    def _hook(self, position: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            expert_ids_TK: Tensor = args[1] if len(args) > 1 else kwargs["top_k_index"]
+            routing_weights_TK: Tensor = args[2] if len(args) > 2 else kwargs["top_k_weights"]
+            expert_ids_TK = expert_ids_TK.reshape(-1, expert_ids_TK.shape[-1])
+            start = self._seen[position]
+            self._seen[position] = start + expert_ids_TK.shape[0]
+            half_T = self._half_T[start : self._seen[position]]
+            if half_T.shape[0] == expert_ids_TK.shape[0]:  # else `batch` reports it
+                self._counter.add(position, expert_ids_TK, routing_weights_TK.reshape_as(expert_ids_TK), half_T)
+
+        return count
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own training flag is put back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        # not inference_mode: buffers that a model makes on first use would be unusable in training
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training

@@ -1,0 +1,211 @@
+"""Measure what a model's router does on a task: run the model over the task's records and count.
+
+`profile` takes the counts from the experts' inputs while the model runs; `profile_routing` takes them from a
+routing log that somebody else wrote. Both count with the same `RoutingCounter`.
+"""
+
+# L MoE layers, T tokens, K top_k, N sequences, B sequences a batch, S sequence_length
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from metier import __version__
+from metier.data.pack import pack
+from metier.errors import ConfigError, DataError, UnsupportedModelError
+from metier.models.fingerprint import fingerprint
+from metier.models.moe import MoELayer, moe_layers
+from metier.models.unwrap import bare_model
+from metier.routing.capture import RoutingCapture, evaluating
+from metier.routing.counter import RoutingCounter
+from metier.routing.routing_profile import PAPER_SELECTION, RoutingProfile, UnreliableProfileWarning
+
+if TYPE_CHECKING:
+    from metier.data.records import Record
+
+__all__ = ["RoutingProfile", "UnreliableProfileWarning", "count_sequences", "profile", "profile_routing"]
+
+_SHORTEST_SEQUENCE = 8
+
+
+def profile(
+    model: nn.Module,
+    tokenizer: Any,
+    records: Sequence[Record],
+    *,
+    num_tokens: int = 131_072,
+    max_length: int = 1024,
+    batch_size: int = 4,
+    seed: int = 0,
+) -> RoutingProfile:
+    """Count, by layer and expert, what the router chooses on `records`, and how strongly.
+
+    The records' conversations are shuffled, joined and cut into full sequences, so no padding is ever
+    counted. Data shorter than two sequences is cut into shorter ones. The model is left as it was: no
+    gradient, no hook, and every module in the mode that it was in.
+
+    Args:
+        model: a transformers MoE model, bare or wrapped by PEFT (then what is measured is the tuned model).
+        tokenizer: the model's, with a chat template.
+        records: conversations of the task, from its training data.
+        num_tokens: how many tokens to measure at most; the paper finds 131,072 enough.
+        max_length: tokens a sequence.
+        batch_size: sequences a forward pass; changes the speed only.
+        seed: of the shuffling.
+
+    Returns:
+        A profile; even and odd sequences are kept apart in it. Fewer tokens than asked for where the data is
+        short.
+
+    Warns:
+        UnreliableProfileWarning: the two halves of the data select different experts with the paper's setting
+            (token scores, top_p=0.2).
+
+    Raises:
+        UnsupportedModelError: the model has no MoE layer that follows the contract, or calls it in another
+            way.
+        DataError: there are too few tokens to measure two sequences.
+
+    Paper: ESFT, arXiv:2407.01906, section 3 and appendix C ("32 concatenated samples, each L=4096").
+    """
+    for name, value in (("num_tokens", num_tokens), ("max_length", max_length), ("batch_size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"{name}: got {value}, expected at least 1.")
+    sequences_NS = _full_sequences(records, tokenizer, num_tokens=num_tokens, max_length=max_length, seed=seed)
+    measured = count_sequences(model, sequences_NS, batch_size=batch_size)
+    measured.meta.update(num_records=str(len(records)), seed=str(seed))
+    measured.warn_if_unreliable(PAPER_SELECTION)
+    return measured
+
+
+def count_sequences(model: nn.Module, sequences_NS: Tensor, *, batch_size: int) -> RoutingProfile:
+    """The profile of ready sequences of token ids.
+
+    Args:
+        model: a transformers MoE model, bare or wrapped by PEFT.
+        sequences_NS: token ids without padding, int64, (num_sequences, sequence_length).
+        batch_size: sequences a forward pass.
+
+    Raises:
+        UnsupportedModelError: as `profile`.
+    """
+    layers = moe_layers(model)
+    num_experts, top_k = _uniform(layers, "num_experts"), _uniform(layers, "top_k")
+    counter = RoutingCounter(num_layers=len(layers), num_experts=num_experts)
+    capture = RoutingCapture(layers, counter)
+    device = next(model.parameters()).device
+    # the logits of every position would be the largest tensor of the pass, and nobody looks at them
+    accepted = inspect.signature(bare_model(model).forward).parameters
+    extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    num_sequences, sequence_length = sequences_NS.shape
+    half_N = torch.arange(num_sequences) % 2
+    with evaluating(model), capture.watch():
+        for start in range(0, num_sequences, batch_size):
+            ids_BS = sequences_NS[start : start + batch_size].to(device)
+            half_T = half_N[start : start + batch_size].repeat_interleave(sequence_length).to(device)
+            with capture.batch(half_T):
+                model(input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), use_cache=False, **extra)
+    num_even = (num_sequences + 1) // 2
+    return RoutingProfile(
+        layer_ids=tuple(layer.index for layer in layers),
+        num_experts=num_experts,
+        top_k=top_k,
+        token_counts_HLE=counter.token_counts_HLE(),
+        gate_mass_HLE=counter.gate_mass_HLE(),
+        num_tokens_H=(num_even * sequence_length, (num_sequences - num_even) * sequence_length),
+        meta=_describe(model, sequence_length=sequence_length),
+    )
+
+
+def profile_routing(
+    expert_ids_LTK: Tensor,
+    routing_weights_LTK: Tensor,
+    *,
+    layer_ids: Sequence[int],
+    num_experts: int,
+    sample_lengths: Sequence[int],
+    meta: dict[str, str] | None = None,
+) -> RoutingProfile:
+    """The profile of a routing log: what a router chose, written down token by token.
+
+    Args:
+        expert_ids_LTK: chosen experts, any integer dtype, (num_layers, num_tokens, top_k).
+        routing_weights_LTK: their weights, any floating dtype, (num_layers, num_tokens, top_k).
+        layer_ids: the decoder layer of each row.
+        num_experts: routed experts a layer.
+        sample_lengths: tokens of each sample, in order; even and odd samples are the two halves.
+        meta: what the log is of.
+
+    Raises:
+        DataError: the shapes do not fit each other.
+    """
+    num_layers, num_tokens, top_k = expert_ids_LTK.shape
+    if routing_weights_LTK.shape != expert_ids_LTK.shape or len(layer_ids) != num_layers:
+        raise DataError(
+            f"routing log: got ids {tuple(expert_ids_LTK.shape)}, weights {tuple(routing_weights_LTK.shape)} "
+            f"and {len(layer_ids)} layer ids, expected (num_layers, num_tokens, top_k) twice and num_layers."
+        )
+    if sum(sample_lengths) != num_tokens:
+        raise DataError(f"routing log: got samples of {sum(sample_lengths)} tokens in all, expected {num_tokens}.")
+    lengths_N = torch.as_tensor(list(sample_lengths), dtype=torch.int64)
+    half_T = (torch.arange(len(lengths_N)) % 2).repeat_interleave(lengths_N)
+    counter = RoutingCounter(num_layers=num_layers, num_experts=num_experts)
+    for position in range(num_layers):
+        counter.add(position, expert_ids_LTK[position], routing_weights_LTK[position], half_T)
+    return RoutingProfile(
+        layer_ids=tuple(layer_ids),
+        num_experts=num_experts,
+        top_k=top_k,
+        token_counts_HLE=counter.token_counts_HLE(),
+        gate_mass_HLE=counter.gate_mass_HLE(),
+        num_tokens_H=(int((half_T == 0).sum()), int((half_T == 1).sum())),
+        meta=dict(meta or {}),
+    )
+
+
+def _full_sequences(
+    records: Sequence[Record], tokenizer: Any, *, num_tokens: int, max_length: int, seed: int
+) -> Tensor:
+    """At least two full sequences, shorter than `max_length` where there is too little data for that."""
+    length = min(max_length, max(num_tokens // 2, 1))
+    while length >= _SHORTEST_SEQUENCE:
+        sequences_NS = pack(records, tokenizer, sequence_length=length, num_tokens=num_tokens, seed=seed)
+        if len(sequences_NS) >= 2:
+            return sequences_NS
+        length //= 2
+    raise DataError(
+        f"profile: got {len(records)} records, num_tokens={num_tokens} and max_length={max_length}, which do "
+        f"not fill two sequences of {_SHORTEST_SEQUENCE} tokens.\n"
+        f"A profile needs two halves to be compared; give more records."
+    )
+
+
+def _uniform(layers: Sequence[MoELayer], name: str) -> int:
+    values = {getattr(layer, name): layer for layer in layers}
+    if len(values) > 1:
+        first, second, *_ = values.items()
+        raise UnsupportedModelError(
+            f"{second[1].path}: got {name}={second[0]}, but {first[1].path} has {name}={first[0]}.\n"
+            f"A profile is one table and needs the same {name} in all layers."
+        )
+    return int(next(iter(values)))
+
+
+def _describe(model: nn.Module, *, sequence_length: int) -> dict[str, str]:
+    bare = bare_model(model)
+    config = getattr(bare, "config", None)
+    adapters = getattr(model, "active_adapters", []) if bare is not model else []
+    return {
+        "model": getattr(config, "_name_or_path", "") or type(bare).__name__,
+        "model_type": str(getattr(config, "model_type", type(bare).__name__)),
+        "fingerprint": fingerprint(model),
+        "adapter": ", ".join(adapters) or "none",
+        "dtype": str(next(bare.parameters()).dtype).removeprefix("torch."),
+        "sequence_length": str(sequence_length),
+        "metier": __version__,
+    }

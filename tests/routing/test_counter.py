@@ -1,0 +1,75 @@
+"""Counting against plain loops, on awkward sizes and dtypes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from metier.routing.counter import RoutingCounter
+
+# weights are rounded to multiples of 2^-26, so each slot may be off by half of that
+STEP = 2.0**-26
+
+
+def by_loops(expert_ids_TK: Tensor, weights_TK: Tensor, half_T: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    counts_HE = torch.zeros(2, num_experts, dtype=torch.int64)
+    mass_HE = torch.zeros(2, num_experts, dtype=torch.float64)
+    for token, half in enumerate(half_T.tolist()):
+        for slot in range(expert_ids_TK.shape[1]):
+            expert = int(expert_ids_TK[token, slot])
+            if expert < num_experts:
+                counts_HE[half, expert] += 1
+                mass_HE[half, expert] += float(weights_TK[token, slot])
+    return counts_HE, mass_HE
+
+
+@pytest.mark.parametrize("num_tokens", [1, 63, 257])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counts_are_what_plain_loops_count(num_tokens: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    counter = RoutingCounter(num_layers=2, num_experts=6)
+    expected = []
+    for layer in range(2):
+        ids_TK = torch.rand(num_tokens, 6, generator=generator).argsort(dim=1)[:, :3]
+        ids_TK[ids_TK == 4] = 5 + layer  # expert 4 sees no token; in layer 1 some slots go to no expert at all
+        weights_TK = torch.rand(num_tokens, 3, generator=generator).to(dtype)
+        half_T = torch.randint(2, (num_tokens,), generator=generator)
+        counter.add(layer, ids_TK, weights_TK, half_T)
+        expected.append(by_loops(ids_TK, weights_TK, half_T, 6))
+    assert torch.equal(counter.token_counts_HLE(), torch.stack([counts for counts, _ in expected], dim=1))
+    mass_HLE = torch.stack([mass for _, mass in expected], dim=1)
+    torch.testing.assert_close(counter.gate_mass_HLE(), mass_HLE, rtol=0, atol=num_tokens * 3 * STEP / 2)
+
+
+def test_all_tokens_on_one_expert() -> None:
+    counter = RoutingCounter(num_layers=1, num_experts=4)
+    counter.add(0, torch.full((9, 1), 2), torch.full((9, 1), 0.5), torch.zeros(9, dtype=torch.int64))
+    assert counter.token_counts_HLE().tolist() == [[[0, 0, 9, 0]], [[0, 0, 0, 0]]]
+    assert counter.gate_mass_HLE().tolist() == [[[0, 0, 4.5, 0]], [[0, 0, 0, 0]]]
+
+
+def test_neither_order_nor_batching_changes_a_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids_TK = torch.randint(5, (1000, 2), generator=generator)
+    weights_TK = torch.rand(1000, 2, generator=generator)
+    half_T = torch.randint(2, (1000,), generator=generator)
+    whole = RoutingCounter(num_layers=1, num_experts=5)
+    whole.add(0, ids_TK, weights_TK, half_T)
+    pieces = RoutingCounter(num_layers=1, num_experts=5)
+    for part in torch.randperm(1000, generator=generator).split(37):
+        pieces.add(0, ids_TK[part], weights_TK[part], half_T[part])
+    assert torch.equal(whole.token_counts_HLE(), pieces.token_counts_HLE())
+    assert torch.equal(whole.gate_mass_HLE(), pieces.gate_mass_HLE())
+
+
+def test_small_integer_ids_do_not_overflow() -> None:
+    counter = RoutingCounter(num_layers=1, num_experts=100)
+    counter.add(0, torch.tensor([[99]], dtype=torch.int8), torch.ones(1, 1), torch.ones(1, dtype=torch.int64))
+    assert counter.token_counts_HLE()[1, 0, 99] == 1
+
+
+def test_nothing_counted_is_zeros() -> None:
+    counter = RoutingCounter(num_layers=2, num_experts=3)
+    assert counter.token_counts_HLE().shape == counter.gate_mass_HLE().shape == (2, 2, 3)
+    assert not counter.token_counts_HLE().any()
