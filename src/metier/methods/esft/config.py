@@ -40,7 +40,18 @@ class EsftConfig(PeftConfig):
 
     @classmethod
     def from_selection(cls, selection: ExpertSelection) -> EsftConfig:
-        """The configuration that trains a selection's experts."""
+        """The configuration that trains a selection's experts.
+
+        Raises:
+            SelectionError: the selection wants shared experts or other modules trained too, which ESFT's format allows
+                and this tuner does not do.
+        """
+        if selection.shared_experts or selection.non_expert_modules:
+            raise SelectionError(
+                f"the selection has shared_experts={selection.shared_experts} and "
+                f"non_expert_modules={selection.non_expert_modules}, but the ESFT tuner trains routed experts only.\n"
+                "Set both to false."
+            )
         return cls(experts={layer: list(ids) for layer, ids in selection.experts.items()})
 
 

@@ -1,0 +1,118 @@
+"""What a run tells while it runs: a line of metrics.jsonl a logged step, and a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+def peak_memory_bytes() -> int:
+    """Most memory that this process has held: of the accelerator where there is one, else of the host."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class MetricsLog(TrainerCallback):
+    """Writes metrics.jsonl. A resumed run takes back the lines behind its checkpoint, so each step stands once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._started = self._tokens_before = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._started = time.monotonic()
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the line that a kill cut off
+                if row["step"] <= state.global_step:
+                    kept.append(line + "\n")
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        seconds = time.monotonic() - self._started
+        row: dict[str, float] = {"step": state.global_step, **(logs or {})}
+        if "num_tokens" in row and "loss" in row and seconds > 0:
+            row["tokens_per_second"] = round(row["num_tokens"] / seconds, 1)
+        row |= {"seconds": round(seconds, 3), "peak_memory_bytes": peak_memory_bytes()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class ShowProgress(TrainerCallback):
+    """A progress bar with loss, tokens/s, peak memory and time left; without a terminal, one line a logged step."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        self.console, self.name = console, name
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._started = 0.0
+        self._first_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._started, self._first_step = time.monotonic(), state.global_step
+        if not self.console.is_terminal:
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+        )
+        self._progress = Progress(*columns, TimeRemainingColumn(), console=self.console)
+        self._task = self._progress.add_task(
+            self.name, total=state.max_steps, completed=state.global_step, facts="starting"
+        )
+        self._progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        seconds = time.monotonic() - self._started
+        facts = f"loss {float(logs['loss']):.3f}"
+        if "num_tokens" in logs:
+            facts += f", {logs['num_tokens'] / max(seconds, 1e-9):,.0f} tokens/s"
+        facts += f", peak {peak_memory_bytes() / 2**30:.2f} GB"
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, facts=facts)
+            return
+        done = state.global_step - self._first_step
+        left = seconds / max(1, done) * (state.max_steps - state.global_step)
+        self.console.print(f"{self.name}: step {state.global_step}/{state.max_steps}, {facts}, {left:.0f} s left")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

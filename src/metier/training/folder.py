@@ -1,0 +1,97 @@
+"""The run folder: where each thing lies, and what may be written into one that is there already."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from metier.config import RunConfig, load_run_config
+from metier.errors import RunError
+
+MAY_DIFFER_ON_RESUME = {
+    "resume_from_checkpoint", "report_to", "logging_steps", "save_steps", "save_total_limit", "output_dir"
+}  # fmt: skip
+"""Keys that do not change what a step computes."""
+
+_PACKAGES = ("metier", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths inside a run's folder."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "run.yaml"
+
+    @property
+    def selection(self) -> Path:
+        return self.root / "selection.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+
+def open_folder(config: RunConfig) -> RunFolder:
+    """Make the folder of a new run, or open that of a run that is resumed.
+
+    Raises:
+        RunError: a new run would overwrite an earlier one, or a resumed one is configured otherwise than before.
+    """
+    folder = RunFolder(Path(config.output_dir))
+    if config.resume_from_checkpoint is None:
+        if folder.config.exists():
+            raise RunError(
+                f"{folder.root}: holds a run already. Choose another output_dir, remove the folder, or go on "
+                "with it by --resume_from_checkpoint last."
+            )
+        folder.root.mkdir(parents=True, exist_ok=True)
+        folder.config.write_text(_header() + config.to_yaml(), encoding="utf-8")
+        return folder
+    if not folder.config.exists():
+        raise RunError(f"{folder.root}: there is no run.yaml, so no run to resume. Check output_dir.")
+    before, now = asdict(load_run_config(folder.config)), asdict(config)
+    different = [key for key in now if key not in MAY_DIFFER_ON_RESUME and before[key] != now[key]]
+    if different:
+        listed = "; ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in different)
+        raise RunError(
+            f"{folder.config}: the run to resume was configured otherwise: {listed}.\n"
+            "Resume it as it was, or start a new run in another output_dir."
+        )
+    return folder
+
+
+def _header() -> str:
+    """The versions that a run was made with, as comments: the file itself is a configuration to run again."""
+    lines = [f"# python {platform.python_version()}, {platform.platform()}"]
+    for package in _PACKAGES:
+        try:
+            lines.append(f"# {package} {version(package)}")
+        except PackageNotFoundError:
+            lines.append(f"# {package} (not installed as a package)")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,139 @@
+"""One run: load, select, wrap, train, save. Everything it leaves behind lies in its folder (`folder.py`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from metier.config import RunConfig
+from metier.data.encode import EncodedSet, encode_records
+from metier.data.message import Record
+from metier.data.records import load_records, mix
+from metier.deltas.save import save_delta
+from metier.models.load import load
+from metier.routing.profile import profile
+from metier.routing.selection import ExpertSelection, SelectionConfig, select
+from metier.training.callbacks import MetricsLog, ShowProgress, peak_memory_bytes
+from metier.training.checkpoints import MarkCheckpoints, find_checkpoint
+from metier.training.folder import RunFolder, open_folder
+from metier.training.plan import TrainingPlan, training_plan
+from metier.training.trainer import make_trainer
+from metier.training.wrapping import wrap
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run leaves in memory; the rest is in its folder."""
+
+    folder: Path
+    model: PreTrainedModel | peft.PeftModel
+    """The trained model, the adapter still on it."""
+    tokenizer: PreTrainedTokenizerBase
+    plan: TrainingPlan
+    selection: ExpertSelection | None
+    """None for the baselines, which select nothing."""
+    train_seconds: float
+    peak_memory_bytes: int
+
+
+def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
+    """Train as configured.
+
+    Args:
+        config: one run; `metier.config.load_run_config` reads it from YAML and a command line.
+        console: where the plan and the progress go; standard output by default.
+
+    Raises:
+        RunError: the folder holds another run, or there is nothing to resume.
+        MetierError: any other error of the rooms that a run walks through.
+    """
+    console = console or Console()
+    folder = open_folder(config)
+    checkpoint = None
+    if config.resume_from_checkpoint is not None:
+        checkpoint = find_checkpoint(folder.checkpoints, config.resume_from_checkpoint)
+        console.print(f"Resuming from {checkpoint}")
+    loaded = load(
+        config.model, dtype=config.dtype, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    records = load_records(config.dataset)
+    items = _encode(_with_general(records, config), loaded.tokenizer, config, console)
+    eval_items = None
+    if config.eval_dataset is not None:
+        eval_items = _encode(load_records(config.eval_dataset), loaded.tokenizer, config, console)
+    selection = _selection(loaded.model, loaded.tokenizer, records, config, folder) if config.method == "esft" else None
+    set_seed(config.seed)
+    model = wrap(loaded.model, config, selection)
+    plan = training_plan(model, method=config.method, selection=selection)
+    plan.save(folder.plan)
+    console.print(plan)
+    trainer = make_trainer(
+        model,
+        loaded.tokenizer,
+        items.items,
+        config,
+        folder.checkpoints,
+        eval_items=None if eval_items is None else eval_items.items,
+        callbacks=[MetricsLog(folder.metrics), ShowProgress(console, config.method), MarkCheckpoints()],
+    )
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds, peak = time.monotonic() - started, peak_memory_bytes()
+    _save(model, loaded.tokenizer, folder)
+    plan.save(folder.plan, {"train_seconds": seconds, "peak_memory_bytes": peak})
+    console.print(f"Trained in {seconds:.0f} s; the delta is {folder.adapter}")
+    return RunResult(folder.root, model, loaded.tokenizer, plan, selection, seconds, peak)
+
+
+def _with_general(records: list[Record], config: RunConfig) -> list[Record]:
+    if config.general_dataset is None:
+        return records
+    return mix(records, load_records(config.general_dataset), config.general_ratio, config.seed)
+
+
+def _encode(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: RunConfig, console: Console
+) -> EncodedSet:
+    encoded = encode_records(records, tokenizer, max_length=config.max_length)
+    console.print(
+        f"{len(encoded.items):,} records, {encoded.num_trained_tokens:,} of {encoded.num_tokens:,} tokens have a loss"
+    )
+    if report := encoded.report():
+        console.print(report, style="yellow")
+    return encoded
+
+
+def _selection(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    config: RunConfig,
+    folder: RunFolder,
+) -> ExpertSelection:
+    """The configured selection, the one of the run that is resumed, or a new one from a profile of the records."""
+    if config.resume_from_checkpoint is not None and folder.selection.exists():
+        return ExpertSelection.load(folder.selection)
+    if config.selection is not None:
+        selection = ExpertSelection.load(config.selection)
+    else:
+        measured = profile(model, tokenizer, records, num_tokens=config.profile_tokens, seed=config.seed)
+        measured.save(folder.root)
+        selection = select(measured, SelectionConfig(score=config.score, top_p=config.top_p))
+    selection.save(folder.selection)
+    return selection
+
+
+def _save(model: PreTrainedModel | peft.PeftModel, tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> None:
+    """ESFT's delta in the base's dtype, a baseline's as its library writes it (full fine-tuning: the whole model)."""
+    if isinstance(model, peft.PeftModel) and model.peft_config["default"].peft_type == "ESFT":
+        save_delta(model, folder.adapter)
+        return
+    model.save_pretrained(folder.adapter)
+    if not isinstance(model, peft.PeftModel):
+        tokenizer.save_pretrained(folder.adapter)

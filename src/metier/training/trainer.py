@@ -1,0 +1,84 @@
+"""TRL's SFTTrainer, set up from a RunConfig: records are tokens and labels already, and no default surprises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from metier.config import RunConfig
+from metier.data.collate import Collator
+from metier.data.encode import Encoded
+
+
+def make_trainer(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Encoded],
+    config: RunConfig,
+    checkpoints: Path,
+    *,
+    eval_items: Sequence[Encoded] | None,
+    callbacks: list[TrainerCallback],
+) -> SFTTrainer:
+    """A trainer over encoded records; the loss is on their labels, the mean over the step's labelled tokens."""
+    trainer = SFTTrainer(
+        model=model,
+        args=_arguments(config, checkpoints, has_eval=eval_items is not None),
+        train_dataset=_dataset(items),
+        eval_dataset=None if eval_items is None else _dataset(eval_items),
+        processing_class=tokenizer,
+        data_collator=Collator(int(tokenizer.pad_token_id)),
+        callbacks=callbacks,
+    )
+    for shown_elsewhere in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(shown_elsewhere)
+    return trainer
+
+
+def _dataset(items: Sequence[Encoded]) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "input_ids": [item.input_ids for item in items],
+            "labels": [item.labels for item in items],
+            "origin": [item.origin for item in items],
+        }
+    )
+
+
+def _arguments(config: RunConfig, checkpoints: Path, *, has_eval: bool) -> SFTConfig:
+    return SFTConfig(
+        output_dir=str(checkpoints),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        # the collator names the origins of a batch that has nothing to train on
+        remove_unused_columns=False,
+        max_length=None,
+        learning_rate=config.learning_rate,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=-1 if config.max_steps is None else config.max_steps,
+        bf16=config.bf16,
+        gradient_checkpointing=config.gradient_checkpointing,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        logging_steps=config.logging_steps,
+        report_to=config.report_to,
+        save_strategy="no" if config.save_steps is None else "steps",
+        save_steps=500 if config.save_steps is None else config.save_steps,
+        save_total_limit=config.save_total_limit,
+        eval_strategy="epoch" if has_eval else "no",
+        # the router is frozen under ESFT; TRL would else take a balancing loss from the model's own configuration
+        router_aux_loss_coef=0.0,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )

@@ -1,0 +1,46 @@
+"""Put the configured method on a model: ESFT's selected experts, or a baseline to compare it with."""
+
+from __future__ import annotations
+
+import peft
+from transformers import PreTrainedModel
+
+from metier.config import RunConfig
+from metier.errors import ConfigError
+from metier.methods.esft import EsftConfig
+from metier.models.moe import moe_layers
+from metier.routing.selection import ExpertSelection
+
+
+def wrap(
+    model: PreTrainedModel, config: RunConfig, selection: ExpertSelection | None
+) -> PreTrainedModel | peft.PeftModel:
+    """The model with exactly the method's parameters wanting gradients, in float32.
+
+    Raises:
+        SelectionError: the selection does not fit the model.
+        ConfigError: LoRA with dropout, which PEFT cannot apply to stacked experts.
+    """
+    if config.method == "full":
+        # float32 masters: in bf16 most steps of a small learning rate would round to nothing
+        return model.float().requires_grad_(True)
+    if config.method == "lora":
+        return peft.get_peft_model(model, _lora_on_all_experts(model, config))
+    assert selection is not None, "an ESFT run selects before it wraps"
+    return peft.get_peft_model(model, EsftConfig.from_selection(selection))
+
+
+def _lora_on_all_experts(model: PreTrainedModel, config: RunConfig) -> peft.LoraConfig:
+    if config.lora_dropout:
+        raise ConfigError(
+            f"lora_dropout: got {config.lora_dropout}, but PEFT needs 0 where stacked experts are adapted."
+        )
+    layers = moe_layers(model)
+    return peft.LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        target_modules=[],
+        target_parameters=[
+            f"{layer.path}.{name}" for layer in layers for name in layer.parameter_names() if "bias" not in name
+        ],
+    )

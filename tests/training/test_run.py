@@ -1,0 +1,168 @@
+"""A whole run on a tiny model: what it trains, what it prints, and what it leaves in its folder."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+
+from metier.config import RunConfig, load_run_config
+from metier.errors import ConfigError, RunError, SelectionError
+from metier.models.load import load
+from metier.routing.selection import ExpertSelection
+from metier.training.run import train
+
+Configure = Callable[..., RunConfig]
+
+
+def delta(folder: str | Path) -> dict[str, Tensor]:
+    return load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_leaves_the_folder_of_the_design(configure: Configure, console: Console) -> None:
+    config = configure(save_steps=2)
+    result = train(config, console=console)
+    names = {path.name for path in result.folder.iterdir()}
+    assert names == {
+        "run.yaml", "profile.safetensors", "profile.json", "selection.json", "plan.json", "metrics.jsonl",
+        "checkpoints", "adapter",
+    }  # fmt: skip
+    assert load_run_config(result.folder / "run.yaml") == config
+    rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    assert all(row["tokens_per_second"] > 0 and row["peak_memory_bytes"] > 0 for row in rows if "loss" in row)
+    plan = json.loads((result.folder / "plan.json").read_text())
+    saved = delta(result.folder)
+    assert plan["predicted"]["num_trained_parameters"] == sum(t.numel() for t in saved.values())
+    assert plan["measured"]["train_seconds"] > 0
+    loaded = load(config.model)
+    model = peft.PeftModel.from_pretrained(loaded.model, result.folder / "adapter").eval()
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, result.model.eval()(input_ids=ids).logits)
+
+
+def test_before_the_first_step_it_says_what_is_trained_per_layer(configure: Configure, console: Console) -> None:
+    selection = Path(configure().output_dir + "-selection.json")
+    ExpertSelection(experts={1: (2, 5), 2: (0,)}).save(selection)
+    train(configure(selection=str(selection)), console=console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    expert = 3 * 16 * 32
+    assert f"esft: {3 * expert:,} parameters are trained" in text
+    lines = {line.split("│")[1].strip(): line for line in text.splitlines() if line.startswith("│")}
+    assert "nothing" in lines["0"]
+    assert "2 experts: 2, 5" in lines["1"]
+    assert f"{2 * expert:,}" in lines["1"]
+    assert "1 experts: 0" in lines["2"]
+    assert "nothing" in lines["other"]
+    assert text.index("parameters are trained") < text.index("step 1/4")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_baselines_train_and_say_so(method: str, configure: Configure, console: Console) -> None:
+    result = train(configure(method=method), console=console)
+    losses = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in losses if "loss" in row][-1] < losses[0]["loss"]
+    assert f"{method}: {result.plan.num_trained:,} parameters are trained" in console.file.getvalue()  # type: ignore[attr-defined]
+    if method == "full":
+        assert result.plan.num_frozen == 0
+        assert load(result.folder / "adapter").model is not None
+    else:
+        experts = [n for n, p in result.model.named_parameters() if p.requires_grad]
+        assert experts
+        assert all(".mlp.experts." in name and "lora_" in name for name in experts)
+
+
+def test_lora_with_dropout_on_stacked_experts_is_refused(configure: Configure, console: Console) -> None:
+    with pytest.raises(ConfigError, match=r"lora_dropout: got 0\.1, but PEFT needs 0"):
+        train(configure(method="lora", lora_dropout=0.1), console=console)
+
+
+def test_a_selection_for_another_model_is_refused(configure: Configure, console: Console, tmp_path: Path) -> None:
+    ExpertSelection(experts={1: (63,)}).save(tmp_path / "selection.json")
+    with pytest.raises(SelectionError, match=r"layers\.1.*expert 63.*num_experts=8"):
+        train(configure(selection=str(tmp_path / "selection.json")), console=console)
+
+
+def test_records_that_are_too_long_are_reported_before_training(configure: Configure, console: Console) -> None:
+    train(configure(max_length=29), console=console)
+    assert "are longer than max_length=29 and left out" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_general_records_are_mixed_in(configure: Configure, console: Console, records: Path) -> None:
+    train(configure(general_dataset=str(records)), console=console)
+    assert "48 records" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_same_run_twice_gives_the_same_bits(configure: Configure, console: Console) -> None:
+    one, other = (train(configure(name), console=console) for name in ("one", "other"))
+    assert same_bits(delta(one.folder), delta(other.folder))
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_is_kept(
+    configure: Configure, console: Console
+) -> None:
+    first = delta(train(configure(), console=console).folder)
+    with pytest.raises(RunError, match="holds a run already"):
+        train(configure(seed=3), console=console)
+    assert same_bits(first, delta(configure().output_dir))
+
+
+def test_resuming_a_run_that_was_configured_otherwise_is_refused(configure: Configure, console: Console) -> None:
+    train(configure(save_steps=2), console=console)
+    with pytest.raises(RunError, match=r"learning_rate was 0\.01, is 0\.02"):
+        train(configure(learning_rate=2e-2, resume_from_checkpoint="last"), console=console)
+
+
+def test_resuming_what_was_never_started_is_refused(configure: Configure, console: Console) -> None:
+    with pytest.raises(RunError, match=r"no run\.yaml, so no run to resume"):
+        train(configure(resume_from_checkpoint="last"), console=console)
+
+
+def test_resuming_without_a_complete_checkpoint_is_refused(configure: Configure, console: Console) -> None:
+    result = train(configure(), console=console)
+    (result.folder / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(RunError, match="there is no complete checkpoint to resume from"):
+        train(configure(resume_from_checkpoint="last"), console=console)
+    wanted = str(result.folder / "checkpoints" / "checkpoint-2")
+    with pytest.raises(RunError, match="is not a complete checkpoint"):
+        train(configure(resume_from_checkpoint=wanted), console=console)
+
+
+@pytest.mark.parametrize("method", ["esft", "lora"])
+def test_a_run_killed_with_sigkill_and_resumed_gives_the_same_bits(
+    method: str, configure: Configure, console: Console
+) -> None:
+    options = {"method": method, "max_steps": 30, "save_steps": 2, "gradient_accumulation_steps": 2}
+    straight = train(configure("straight", **options), console=console)
+    config = configure("killed", **options)
+    Path(config.output_dir).with_suffix(".yaml").write_text(config.to_yaml())
+    command = [sys.executable, "-m", "metier", "train", str(Path(config.output_dir).with_suffix(".yaml"))]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints = Path(config.output_dir) / "checkpoints"
+    deadline = time.monotonic() + 120
+    while len(list(checkpoints.glob("*/complete"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (Path(config.output_dir) / "adapter").exists(), "the run was over before it was killed"
+    resumed = train(configure("killed", resume_from_checkpoint="last", **options), console=console)
+    assert same_bits(delta(straight.folder), delta(resumed.folder))
+    steps = [json.loads(line) for line in (resumed.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps if "loss" in row] == list(range(1, 31))
