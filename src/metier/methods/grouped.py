@@ -16,41 +16,41 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def grouped_matmul(rows_PI: Tensor, weight_GIO: Tensor, bounds: Sequence[int]) -> Tensor:
+def grouped_matmul(rows_PI: Tensor, weight_GIO: Tensor, bounds: Sequence[int], out_PO: Tensor | None = None) -> Tensor:
     """`rows[bounds[g]:bounds[g+1]] @ weight[g]` for every group, (P, O) in the dtype of the inputs.
 
     Args:
         rows_PI: rows in group order; row 0 is `bounds[0]`.
         weight_GIO: any strides, so that a transposed view costs nothing.
         bounds: G + 1 row numbers, ascending.
+        out_PO: where to write the result, if there is a place for it already.
     """
     if rows_PI.is_cuda:
-        return F.grouped_mm(rows_PI, weight_GIO, offs=_offsets(bounds, rows_PI.device))
-    out_PO = rows_PI.new_empty(rows_PI.shape[0], weight_GIO.shape[2])
+        product_PO = F.grouped_mm(rows_PI, weight_GIO, offs=_offsets(bounds, rows_PI.device))
+        return product_PO if out_PO is None else out_PO.copy_(product_PO)
+    if out_PO is None:
+        out_PO = rows_PI.new_empty(rows_PI.shape[0], weight_GIO.shape[2])
     for group, (first, last) in _filled(bounds):
         torch.mm(rows_PI[first:last], weight_GIO[group], out=out_PO[first:last])
     return out_PO
 
 
-def grouped_outer(left_PO: Tensor, right_PI: Tensor, bounds: Sequence[int]) -> Tensor:
-    """`left[rows of g].T @ right[rows of g]` for every group, (G, O, I): a linear layer's weight gradient.
+def grouped_outer(left_PO: Tensor, right_PI: Tensor, bounds: Sequence[int], out_GOI: Tensor) -> None:
+    """`left[rows of g].T @ right[rows of g]` for every group, into (G, O, I): a linear layer's weight gradient.
 
-    An empty group's gradient is zero.
+    An empty group's place is left as it is, and is to hold zeros.
     """
     if left_PO.is_cuda:
-        return F.grouped_mm(left_PO.t(), right_PI, offs=_offsets(bounds, left_PO.device))
-    out_GOI = left_PO.new_zeros(len(bounds) - 1, left_PO.shape[1], right_PI.shape[1])
+        out_GOI.copy_(F.grouped_mm(left_PO.t(), right_PI, offs=_offsets(bounds, left_PO.device)))
+        return
     for group, (first, last) in _filled(bounds):
         torch.mm(left_PO[first:last].t(), right_PI[first:last], out=out_GOI[group])
-    return out_GOI
 
 
-def grouped_sum(rows_PO: Tensor, bounds: Sequence[int]) -> Tensor:
-    """Sum of every group's rows, (G, O): a bias' gradient."""
-    out_GO = rows_PO.new_zeros(len(bounds) - 1, rows_PO.shape[1])
+def grouped_sum(rows_PO: Tensor, bounds: Sequence[int], out_GO: Tensor) -> None:
+    """Sum of every group's rows, into (G, O): a bias' gradient. An empty group's place is left as it is."""
     for group, (first, last) in _filled(bounds):
         torch.sum(rows_PO[first:last], dim=0, out=out_GO[group])
-    return out_GO
 
 
 def grouped_repeat(values_GO: Tensor, bounds: Sequence[int]) -> Tensor:

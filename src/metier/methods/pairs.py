@@ -8,6 +8,7 @@ A router gives every token `K` experts. The products want it the other way round
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,14 @@ from torch import Tensor
 CPU_BLOCK = 64
 """Rows of one expert are filled up to a multiple of this where products run through oneDNN, which makes a kernel for
 every new shape: with as many shapes as there are row counts, making them costs several times what running them does."""
+
+
+CPU_SEGMENT_ROWS = 1024
+"""Rows that are taken through a whole expert layer at once on a CPU, so that what lies between two products stays in
+the cache."""
+
+CPU_SEGMENT_TOKENS = 128
+"""The same where a token's slots are gathered and summed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +80,24 @@ def order_pairs(expert_ids_TK: Tensor, virtual_ids_TK: Tensor, *, num_virtual: i
 def block_rows(device: torch.device, dtype: torch.dtype) -> int:
     """How many rows `order_pairs` should fill a block up to, for products on `device` in `dtype`."""
     return CPU_BLOCK if device.type == "cpu" and dtype != torch.float32 else 1
+
+
+def segments(bounds: Sequence[int], device: torch.device) -> Iterator[tuple[int, int]]:
+    """Cut a bank's groups into runs of whole groups, `(first group, last group + 1)`; on a GPU there is one run."""
+    num_groups = len(bounds) - 1
+    if device.type != "cpu":
+        yield 0, num_groups
+        return
+    first = 0
+    for last in range(1, num_groups + 1):
+        if last == num_groups or bounds[last + 1] - bounds[first] > CPU_SEGMENT_ROWS:
+            if bounds[last] > bounds[first]:
+                yield first, last
+            first = last
+
+
+def token_chunks(num_tokens: int, device: torch.device) -> Iterator[slice]:
+    """Cut tokens into runs small enough for a CPU's cache; on a GPU there is one run."""
+    step = CPU_SEGMENT_TOKENS if device.type == "cpu" else max(1, num_tokens)
+    for first in range(0, num_tokens, step):
+        yield slice(first, min(first + step, num_tokens))

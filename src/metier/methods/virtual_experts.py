@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from metier.methods.grouped import grouped_matmul, grouped_outer, grouped_repeat, grouped_sum
-from metier.methods.pairs import PairOrder, block_rows, order_pairs
+from metier.methods.pairs import PairOrder, block_rows, order_pairs, segments, token_chunks
 
 Activation = Callable[[Tensor], Tensor]
 """(P, U) → (P, F), row by row: the gate of the family, or its plain activation function."""
@@ -101,18 +101,14 @@ class _Layer:
         """(E, F, D)"""
         return bank.down if self.is_transposed else bank.down.mT
 
-    def in_layout(self, grad_EOI: Tensor) -> Tensor:
-        return grad_EOI.mT if self.is_transposed else grad_EOI
+    def bounds(self, order: PairOrder, banks: list[ExpertBank]) -> list[tuple[int, ...]]:
+        """For each bank the part of `order.bounds` that is its own."""
+        ends = list(accumulate((bank.up.shape[0] for bank in banks), initial=0))
+        return [order.bounds[ends[i] : ends[i + 1] + 1] for i in range(len(banks))]
 
 
 def _unflatten(flat: tuple[Tensor | None, ...]) -> list[ExpertBank]:
     return [ExpertBank(*flat[i : i + 4]) for i in range(0, len(flat), 4)]  # type: ignore[arg-type]
-
-
-def _bank_bounds(order: PairOrder, banks: list[ExpertBank]) -> list[tuple[int, ...]]:
-    """For each bank the part of `order.bounds` that is its own."""
-    ends = list(accumulate((bank.up.shape[0] for bank in banks), initial=0))
-    return [order.bounds[ends[i] : ends[i + 1] + 1] for i in range(len(banks))]
 
 
 class _VirtualExperts(torch.autograd.Function):
@@ -126,20 +122,23 @@ class _VirtualExperts(torch.autograd.Function):
         *flat: Tensor | None,
     ) -> Tensor:
         dtype, device = layer.base.up.dtype, hidden_TD.device
+        wants_rows = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        wants_flat = ctx.needs_input_grad[4:]
         with torch.autocast(device.type, enabled=False):
             banks = [layer.base, *(delta.to(dtype) for delta in _unflatten(flat))]
             num_virtual = sum(bank.up.shape[0] for bank in banks)
             order = order_pairs(*ids_TK, num_virtual=num_virtual, block=block_rows(device, dtype))
-            rows_PD = hidden_TD.to(dtype)[order.token_P]
-            out_PD, kept = torch.empty_like(rows_PD), []
-            for bank, bounds in zip(banks, _bank_bounds(order, banks), strict=True):
-                part = slice(bounds[0], bounds[-1])
-                up_PU = _linear(rows_PD[part], layer.up(bank), bank.up_bias, bounds)
-                out_PD[part] = _linear(layer.activation(up_PU), layer.down(bank), bank.down_bias, bounds)
-                kept.append(up_PU)
-            out_TD = (out_PD[order.row_TK] * weights_TK.unsqueeze(-1)).sum(1).to(hidden_TD.dtype)
-        is_trained = any(ctx.needs_input_grad[4:])
-        ctx.save_for_backward(hidden_TD if is_trained else None, weights_TK, *kept, *flat)
+            inputs_TD = hidden_TD.to(dtype)
+            out_PD = inputs_TD.new_empty(len(order.token_P), inputs_TD.shape[-1])
+            kept: list[Tensor | None] = []
+            for number, (bank, bounds) in enumerate(zip(banks, layer.bounds(order, banks), strict=True)):
+                is_trained = number > 0 and any(wants_flat[4 * number - 4 : 4 * number])
+                keeps = wants_rows or is_trained
+                kept.append(_bank_forward(layer, bank, bounds, order, inputs_TD, out_PD, keeps=keeps))
+            out_TD = hidden_TD.new_empty(hidden_TD.shape)
+            for part in token_chunks(len(out_TD), device):
+                out_TD[part] = (out_PD[order.row_TK[part]] * weights_TK[part].unsqueeze(-1)).sum(1)
+        ctx.save_for_backward(hidden_TD if any(wants_flat) else None, weights_TK, *kept, *flat)
         ctx.layer, ctx.order = layer, order
         ctx.hidden_dtype = hidden_TD.dtype
         return out_TD
@@ -149,81 +148,114 @@ class _VirtualExperts(torch.autograd.Function):
         layer, order = ctx.layer, ctx.order
         wants_hidden, wants_weights, _, _, *wants_flat = ctx.needs_input_grad
         hidden_TD, weights_TK, *saved = ctx.saved_tensors
-        dtype = layer.base.up.dtype
-        num_banks = 1 + len(wants_flat) // 4
+        dtype, num_banks = layer.base.up.dtype, 1 + len(wants_flat) // 4
         kept, flat = saved[:num_banks], tuple(saved[num_banks:])
         with torch.autocast(grad_TD.device.type, enabled=False):
             banks = [layer.base, *(delta.to(dtype) for delta in _unflatten(flat))]
-            weight_P = order.spread(weights_TK)
-            grad_rows_PD = (
-                grad_TD.new_empty(len(order.token_P), grad_TD.shape[-1], dtype=dtype) if wants_hidden else None
-            )
-            grad_weight_P = torch.zeros_like(weight_P)
+            back = _Backward(layer, order, grad_TD.to(dtype), order.spread(weights_TK), wants_hidden)
             grads_flat: list[Tensor | None] = []
-            for number, (bank, bounds) in enumerate(zip(banks, _bank_bounds(order, banks), strict=True)):
-                wanted = wants_flat[4 * (number - 1) : 4 * number] if number else []
-                back = _BankBackward(layer, bank, bounds, order, kept[number])
-                if wants_hidden or wants_weights or any(wanted):
-                    back.run(grad_TD, weight_P, grad_weight_P, grad_rows_PD)
-                if number:
-                    grads_flat += back.bank_grads(hidden_TD, wanted)
-            grad_hidden_TD = None
-            if grad_rows_PD is not None:
-                grad_hidden_TD = grad_rows_PD[order.row_TK].sum(1).to(ctx.hidden_dtype)
-            grad_weights_TK = grad_weight_P[order.row_TK] if wants_weights else None
+            for number, (bank, bounds) in enumerate(zip(banks, layer.bounds(order, banks), strict=True)):
+                wanted = wants_flat[4 * number - 4 : 4 * number] if number else [False] * 4
+                grads = [
+                    None if t is None or not wants else torch.zeros_like(t)
+                    for t, wants in zip(bank.tensors(), wanted, strict=True)
+                ]
+                if kept[number] is not None:
+                    back.run(bank, bounds, kept[number], None if hidden_TD is None else hidden_TD.to(dtype), grads)
+                grads_flat += grads if number else []
+            grad_hidden_TD = None if back.rows_PD is None else back.summed_over_slots().to(ctx.hidden_dtype)
+            grad_weights_TK = back.weight_P[order.row_TK] if wants_weights else None
         grads_flat = [None if g is None else g.to(t.dtype) for g, t in zip(grads_flat, flat, strict=True)]
         return grad_hidden_TD, grad_weights_TK, None, None, *grads_flat
 
 
-class _BankBackward:
-    """One bank's part of the backward pass."""
+def _bank_forward(
+    layer: _Layer,
+    bank: ExpertBank,
+    bounds: tuple[int, ...],
+    order: PairOrder,
+    inputs_TD: Tensor,
+    out_PD: Tensor,
+    *,
+    keeps: bool,
+) -> Tensor | None:
+    """One bank's rows through its experts, written to their place in `out_PD`; returns the up projection's output."""
+    up_EDU, down_EFD = layer.up(bank), layer.down(bank)
+    kept_PU = inputs_TD.new_empty(bounds[-1] - bounds[0], up_EDU.shape[-1]) if keeps else None
+    for first, last in segments(bounds, inputs_TD.device):
+        cut = bounds[first : last + 1]
+        rows_PD = inputs_TD[order.token_P[cut[0] : cut[-1]]]
+        place_PU = None if kept_PU is None else kept_PU[cut[0] - bounds[0] : cut[-1] - bounds[0]]
+        up_PU = grouped_matmul(rows_PD, up_EDU[first:last], cut, place_PU)
+        if bank.up_bias is not None:
+            up_PU.add_(grouped_repeat(bank.up_bias[first:last], cut))
+        place_PD = out_PD[cut[0] : cut[-1]]
+        grouped_matmul(layer.activation(up_PU), down_EFD[first:last], cut, place_PD)
+        if bank.down_bias is not None:
+            place_PD.add_(grouped_repeat(bank.down_bias[first:last], cut))
+    return kept_PU
+
+
+class _Backward:
+    """The backward pass of one layer, bank by bank; collects the gradients of the rows and of the routing weights."""
 
     def __init__(
-        self, layer: _Layer, bank: ExpertBank, bounds: tuple[int, ...], order: PairOrder, up_PU: Tensor
+        self, layer: _Layer, order: PairOrder, grad_TD: Tensor, routing_weight_P: Tensor, wants_hidden: bool
     ) -> None:
-        self.layer, self.bank, self.bounds, self.order, self.up_PU = layer, bank, bounds, order, up_PU
-        self.part = slice(bounds[0], bounds[-1])
-        self.inner_PF = self.grad_out_PD = self.grad_up_PU = up_PU.new_empty(0)
+        self.layer, self.order, self.grad_TD, self.routing_weight_P = layer, order, grad_TD, routing_weight_P
+        self.weight_P = torch.zeros_like(routing_weight_P)
+        self.rows_PD = grad_TD.new_empty(len(order.token_P), grad_TD.shape[-1]) if wants_hidden else None
 
-    def run(self, grad_TD: Tensor, weight_P: Tensor, grad_weight_P: Tensor, grad_rows_PD: Tensor | None) -> None:
-        """Gradients of the routing weights and of the rows, written to their places.
+    def run(
+        self,
+        bank: ExpertBank,
+        bounds: tuple[int, ...],
+        kept_PU: Tensor,
+        inputs_TD: Tensor | None,
+        grads: list[Tensor | None],
+    ) -> None:
+        """Write one bank's part; `grads` are places for those of `up, down, up_bias, down_bias` that are wanted.
 
         With `out = W inner + b` the routing weight's gradient is `<grad, out> = <W.T grad, inner> + <grad, b>`, and
         `W.T grad` is wanted anyway: so the down projection's output is neither kept nor computed again.
         """
-        grad_PD = grad_TD.to(self.up_PU.dtype)[self.order.token_P[self.part]]
-        grad_inner_PF = grouped_matmul(grad_PD, self.layer.down(self.bank).mT, self.bounds)
-        with torch.enable_grad():
-            up_PU = self.up_PU.detach().requires_grad_()
-            inner_PF = self.layer.activation(up_PU)
-        self.inner_PF = inner_PF.detach()
-        grad_weight_P[self.part] = (grad_inner_PF * self.inner_PF).sum(-1, dtype=grad_weight_P.dtype)
-        if self.bank.down_bias is not None:
-            bias_PD = grouped_repeat(self.bank.down_bias, self.bounds)
-            grad_weight_P[self.part] += (grad_PD * bias_PD).sum(-1, dtype=grad_weight_P.dtype)
-        # 0 in filling rows: from here on they weigh nothing
-        weight_P1 = weight_P[self.part].to(grad_PD.dtype).unsqueeze(-1)
-        (self.grad_up_PU,) = torch.autograd.grad(inner_PF, up_PU, grad_inner_PF * weight_P1)
-        self.grad_out_PD = grad_PD * weight_P1
-        if grad_rows_PD is not None:
-            grad_rows_PD[self.part] = grouped_matmul(self.grad_up_PU, self.layer.up(self.bank).mT, self.bounds)
+        up_EDU, down_EFD = self.layer.up(bank), self.layer.down(bank)
+        for first, last in segments(bounds, kept_PU.device):
+            cut = bounds[first : last + 1]
+            part, token_P = slice(cut[0], cut[-1]), self.order.token_P[cut[0] : cut[-1]]
+            grad_PD = self.grad_TD[token_P]
+            grad_inner_PF = grouped_matmul(grad_PD, down_EFD[first:last].mT, cut)
+            with torch.enable_grad():
+                up_PU = kept_PU[cut[0] - bounds[0] : cut[-1] - bounds[0]].detach().requires_grad_()
+                inner_PF = self.layer.activation(up_PU)
+            self.weight_P[part] = (grad_inner_PF * inner_PF.detach()).sum(-1, dtype=self.weight_P.dtype)
+            if bank.down_bias is not None:
+                bias_PD = grouped_repeat(bank.down_bias[first:last], cut)
+                self.weight_P[part] += (grad_PD * bias_PD).sum(-1, dtype=self.weight_P.dtype)
+            # 0 in filling rows: from here on they weigh nothing
+            weight_P1 = self.routing_weight_P[part].to(grad_PD.dtype).unsqueeze(-1)
+            (grad_up_PU,) = torch.autograd.grad(inner_PF, up_PU, grad_inner_PF.mul_(weight_P1))
+            if self.rows_PD is not None:
+                grouped_matmul(grad_up_PU, up_EDU[first:last].mT, cut, self.rows_PD[part])
+            places = [None if grad is None else grad[first:last] for grad in grads]
+            if places[0] is not None:
+                assert inputs_TD is not None, "a trained bank's forward pass keeps the layer's input"
+                grouped_outer(grad_up_PU, inputs_TD[token_P], cut, self._as_stored(places[0]))
+            if places[1] is not None:
+                grouped_outer(grad_PD * weight_P1, inner_PF.detach(), cut, self._as_stored(places[1]))
+            if places[2] is not None:
+                grouped_sum(grad_up_PU, cut, places[2])
+            if places[3] is not None:
+                grouped_sum(grad_PD * weight_P1, cut, places[3])
 
-    def bank_grads(self, hidden_TD: Tensor | None, wanted: list[bool]) -> list[Tensor | None]:
-        """Gradients of `up, down, up_bias, down_bias`, None where not wanted."""
-        grads: list[Tensor | None] = [None] * 4
-        if wanted[0]:
-            assert hidden_TD is not None, "a trained bank's forward pass keeps the layer's input"
-            rows_PD = hidden_TD.to(self.grad_up_PU.dtype)[self.order.token_P[self.part]]
-            grads[0] = self.layer.in_layout(grouped_outer(self.grad_up_PU, rows_PD, self.bounds))
-        if wanted[1]:
-            grads[1] = self.layer.in_layout(grouped_outer(self.grad_out_PD, self.inner_PF, self.bounds))
-        if wanted[2]:
-            grads[2] = grouped_sum(self.grad_up_PU, self.bounds)
-        if wanted[3]:
-            grads[3] = grouped_sum(self.grad_out_PD, self.bounds)
-        return grads
+    def summed_over_slots(self) -> Tensor:
+        """Gradient of the layer's input, (T, D)."""
+        assert self.rows_PD is not None, "asked for only where the input wants a gradient"
+        out_TD = torch.empty_like(self.grad_TD)
+        for part in token_chunks(len(out_TD), out_TD.device):
+            torch.sum(self.rows_PD[self.order.row_TK[part]], dim=1, out=out_TD[part])
+        return out_TD
 
-
-def _linear(rows_PI: Tensor, weight_EIO: Tensor, bias_EO: Tensor | None, bounds: tuple[int, ...]) -> Tensor:
-    out_PO = grouped_matmul(rows_PI, weight_EIO, bounds)
-    return out_PO if bias_EO is None else out_PO.add_(grouped_repeat(bias_EO, bounds))
+    def _as_stored(self, grad_E: Tensor) -> Tensor:
+        """A weight's gradient as (E, outputs, inputs), whatever its layout."""
+        return grad_E.mT if self.layer.is_transposed else grad_E

@@ -116,7 +116,7 @@ def test_only_selected_rows_have_gradients_and_float32_masters_on_a_bf16_base() 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_loaded_in_a_fresh_process_merged_and_unmerged_give_the_same_logits(family: str, tmp_path: Path) -> None:
-    base = tiny_model(family)
+    base = tiny_model(family, **WIDE[family])
     base.save_pretrained(tmp_path / "base")
     wrapped = peft.get_peft_model(base, EsftConfig(experts=selection(base)))
     unchanged = logits(wrapped, tokens())
