@@ -178,11 +178,24 @@ def inspect(delta: Delta) -> None:
 
 
 @app.command()
-def verify(delta: Delta, base: Annotated[str, typer.Argument(help="The base model.")]) -> None:
-    """Check a delta against its base: right base, nothing else moved, every selected row did."""
+def verify(
+    delta: Delta,
+    base: Annotated[str, typer.Argument(help="The base model.")],
+    tolerance: Annotated[
+        float | None, typer.Option(help="Difference of logits that counts as none, as a share of the largest.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Check a delta against its base: right base, nothing else moved, every selected row did.
+
+    Ends with exit code 1 if a check fails.
+    """
     from metier.deltas.verify import verify as verify_delta
 
-    _print(verify_delta(delta, base))
+    report = verify_delta(delta, base, tolerance=tolerance, trust_remote_code=trust_remote_code)
+    _print(report)
+    if not report.passed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -190,11 +203,12 @@ def merge(
     delta: Delta,
     base: Annotated[str, typer.Argument(help="The base model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the merged model.")],
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the base with a delta's rows in place of its own, as an ordinary model."""
     from metier.deltas.merge import merge as merge_delta
 
-    merge_delta(delta, base, output)
+    merge_delta(delta, base, output, trust_remote_code=trust_remote_code)
     typer.echo(f"Merged model: {output}")
 
 

@@ -1,0 +1,72 @@
+"""The names and sums in a delta's files: what `save.py` writes and `read.py` checks.
+
+docs/delta-format.md describes the same for people. Torch-free, so that looking at a delta takes no time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
+
+METHOD = "ESFT"
+"""The `peft_type` of the deltas that are read, verified and merged."""
+FORMAT_VERSION = "1"
+
+NAME_PREFIX = "base_model.model."
+"""What PEFT puts before every path of the base."""
+ROWS_PREFIX = "esft_"
+"""What stands before the base parameter's name in the name of its rows."""
+
+HEADER_SUM = "header_sha256"
+METADATA_KEYS = frozenset(
+    {
+        "format",
+        "metier_delta",
+        "metier_version",
+        "peft_type",
+        "base_fingerprint",
+        "base_expert_parameters",
+        "num_experts",
+        "experts",
+        "sha256",
+        HEADER_SUM,
+    }
+)
+"""Keys of the safetensors metadata that `save_delta` writes, all of them, and no others."""
+
+
+def rows_name(path: str, parameter: str) -> str:
+    """The stored name of an expert layer's rows, such as
+    `base_model.model.model.layers.1.mlp.experts.esft_down_proj`."""
+    return f"{NAME_PREFIX}{path}.{ROWS_PREFIX}{parameter}"
+
+
+def tensor_sum(dtype: str, shape: Sequence[int], chunks: Iterable[bytes | memoryview]) -> str:
+    """sha256 of one stored tensor, in hexadecimal: a line `BF16 [2, 64, 32]`, then the bytes as they lie in the file.
+
+    Args:
+        dtype: as safetensors spells it.
+        shape: as safetensors gives it.
+        chunks: the tensor's bytes, little-endian, in order.
+    """
+    digest = hashlib.sha256(f"{dtype} {list(shape)}\n".encode())
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def header_sum(metadata: Mapping[str, str]) -> str:
+    """sha256 of all metadata but this sum itself, as JSON with sorted keys: it covers the tensors' sums, and they the
+    rest of the file."""
+    rest = {key: value for key, value in metadata.items() if key != HEADER_SUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def experts_text(experts: Mapping[int, Sequence[int]]) -> str:
+    """Expert ids by layer as the metadata has them, such as `{"1": [8, 26]}`."""
+    return json.dumps({str(layer): list(ids) for layer, ids in sorted(experts.items())})

@@ -1,0 +1,90 @@
+"""Does a delta fit a base that is loaded: fingerprint, experts, shapes; and do its rows differ from the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from metier.deltas.format import rows_name
+from metier.deltas.read import Delta
+from metier.errors import BaseMismatchError, CorruptDeltaError, SelectionError
+from metier.models.fingerprint import fingerprint
+from metier.models.moe import moe_layers
+
+
+def check_fingerprint(delta: Delta, model: nn.Module, base_name: str) -> None:
+    """Raise a BaseMismatchError if `delta` was trained on another base, or does not say on which."""
+    expected, got = delta.config.base_fingerprint, fingerprint(model)
+    if expected is None:
+        raise BaseMismatchError(
+            f"{delta.folder}: the delta carries no base_fingerprint, expected {got[:12]}… for base {base_name!r}.\n"
+            "It was never on a model. Load it with `peft.PeftModel.from_pretrained`, and save it again."
+        )
+    if expected != got:
+        raise BaseMismatchError(
+            f"{delta.folder}: the delta was trained on {delta.config.base_name!r} with fingerprint {expected[:12]}…, "
+            f"but base {base_name!r} has {got[:12]}….\nLoad the base that it was trained on, or train it again."
+        )
+
+
+def check_experts(delta: Delta, model: nn.Module, base_name: str) -> None:
+    """Raise a SelectionError if a selected layer or expert is none of the base's."""
+    layers = {layer.index: layer for layer in moe_layers(model)}
+    for index, ids in delta.config.experts.items():
+        if index not in layers:
+            raise SelectionError(
+                f"{delta.folder}: layers.{index}: base {base_name!r} has no MoE layer there; its MoE layers are "
+                f"{sorted(layers)}.\nLoad the base that the delta was trained on."
+            )
+        beyond = [expert for expert in ids if expert >= layers[index].num_experts]
+        if beyond:
+            raise SelectionError(
+                f"{delta.folder}: layers.{index}: the delta replaces expert {beyond[0]}, but base {base_name!r} has "
+                f"num_experts={layers[index].num_experts}.\nLoad the base that the delta was trained on."
+            )
+
+
+def check_tensors(delta: Delta, model: nn.Module) -> None:
+    """Raise a CorruptDeltaError unless the delta holds, for each selected expert, the rows of each stacked parameter
+    of the base, and nothing else."""
+    expected = {}
+    for layer in moe_layers(model):
+        ids = delta.config.experts.get(layer.index, ())
+        for name in layer.parameter_names() if ids else ():
+            expected[rows_name(layer.path, name)] = (len(ids), *getattr(layer.experts, name).shape[1:])
+    for name in sorted(expected.keys() | delta.tensors.keys()):
+        got = delta.tensors[name].shape if name in delta.tensors else None
+        if got != expected.get(name):
+            raise CorruptDeltaError(
+                f"{delta.folder}: {name}: got {_shape(got)}, expected {_shape(expected.get(name))} by the base's "
+                "experts.\nThe delta belongs to another base, or was altered."
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "no such tensor" if shape is None else f"shape {list(shape)}"
+
+
+def rows_not_finite(delta: Delta) -> list[str]:
+    """Stored tensors that hold a value which is not a number or infinite, as `layers.7.down_proj`."""
+    return [
+        f"layers.{layer}.{name}"
+        for layer, tensors in delta.load_rows().items()
+        for name, rows in tensors.items()
+        if not torch.isfinite(rows).all()
+    ]
+
+
+def rows_not_moved(delta: Delta, model: nn.Module) -> Iterator[str]:
+    """Selected rows that are the base's to the bit in the base's dtype, as `layers.7 expert 26 down_proj`."""
+    rows = delta.load_rows()
+    for layer in moe_layers(model):
+        ids = delta.config.experts.get(layer.index, ())
+        for name in layer.parameter_names() if ids else ():
+            base = getattr(layer.experts, name).detach()[list(ids)]
+            moved = (rows[layer.index][name].to(base) != base).flatten(1).any(1).tolist()
+            for expert, has_moved in zip(ids, moved, strict=True):
+                if not has_moved:
+                    yield f"layers.{layer.index} expert {expert} {name}"

@@ -1,0 +1,183 @@
+"""Read a delta with every check that its own files allow, before a tensor of it is used.
+
+A delta that `save_delta` wrote carries sums over all its content, so no altered byte goes unseen but in the padding
+of the header, where there is nothing to alter, and in the notes of `adapter_config.json` (its names and versions),
+which may be edited. One that PEFT's own `save_pretrained` wrote has no sums: its tensors are checked against its
+configuration alone.
+"""
+
+# k selected experts of a layer, D hidden_size, F moe_intermediate_size, U = 2F where experts are gated, else F
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from metier.deltas.adapter_config import DAMAGED, AdapterConfig, read_adapter_config
+from metier.deltas.format import (
+    FORMAT_VERSION,
+    HEADER_SUM,
+    METADATA_KEYS,
+    ROWS_PREFIX,
+    TENSORS_FILE,
+    experts_text,
+    header_sum,
+    rows_name,
+)
+from metier.deltas.tensors_file import StoredTensor, read_header, stored_sum
+from metier.errors import CorruptDeltaError, DeltaError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PARAMETERS = tuple(
+    frozenset({up, "down_proj", *biases})
+    for up in ("gate_up_proj", "up_proj")
+    for biases in ((), (f"{up}_bias", "down_proj_bias"))
+)
+"""The sets of stacked parameters that transformers' experts contract knows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delta:
+    """A delta whose files passed every check; its tensors are not loaded yet."""
+
+    folder: Path
+    config: AdapterConfig
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+    """Of the safetensors file."""
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether the files carried sums and were checked against them."""
+        return HEADER_SUM in self.metadata
+
+    def load_rows(self) -> dict[int, dict[str, Tensor]]:
+        """The trained rows by decoder layer and the base parameter's name, in their stored dtype.
+
+        Returns:
+            tensors of shape (k, …) in the layout of the base's stacked parameter; row i replaces expert
+            `config.experts[layer][i]`.
+        """
+        from safetensors.torch import load_file  # torch only when tensors are wanted
+
+        loaded = load_file(self.folder / TENSORS_FILE)
+        rows: dict[int, dict[str, Tensor]] = {}
+        for layer, path in self.config.paths.items():
+            start = rows_name(path, "")
+            rows[layer] = {name.removeprefix(start): t for name, t in loaded.items() if name.startswith(start)}
+        return rows
+
+
+def read_delta(folder: str | Path) -> Delta:
+    """The delta in `folder`, checked.
+
+    Args:
+        folder: a PEFT folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        CorruptDeltaError: the folder holds no ESFT delta, or its files are truncated, altered, or do not fit together.
+        DeltaError: a later version of metier wrote it in another format.
+    """
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    tensors, metadata = read_header(folder)
+    where = folder / TENSORS_FILE
+    if set(metadata) <= {"format"}:  # PEFT's own save_pretrained
+        _check_tensors(where, tensors, config)
+    else:
+        _check_metadata(where, metadata, config)
+        _check_tensors(where, tensors, config)
+        _check_sums(folder, tensors, metadata)
+    return Delta(folder=folder, config=config, tensors=tensors, metadata=metadata)
+
+
+def _check_metadata(where: Path, metadata: dict[str, str], config: AdapterConfig) -> None:
+    # the sum first: the other values are compared only once they are known to be what was written
+    if metadata.get(HEADER_SUM) != header_sum(metadata):
+        raise CorruptDeltaError(f"{where}: the metadata does not fit its own {HEADER_SUM}.\n{DAMAGED}")
+    if metadata.get("metier_delta") != FORMAT_VERSION:
+        raise DeltaError(
+            f"{where}: got a delta of format {metadata.get('metier_delta')!r}, expected {FORMAT_VERSION!r}.\n"
+            f"It was written by metier {metadata.get('metier_version', 'of unknown version')}; install that."
+        )
+    if metadata.keys() != METADATA_KEYS:
+        names = sorted(metadata.keys() ^ METADATA_KEYS)
+        raise CorruptDeltaError(f"{where}: metadata keys are missing or unknown: {', '.join(names)}.\n{DAMAGED}")
+    said = {
+        "peft_type": config.method,
+        "base_fingerprint": config.base_fingerprint,
+        "num_experts": str(config.num_experts),
+        "experts": experts_text(config.experts),
+    }
+    for key, got in said.items():
+        if metadata[key] != got:
+            raise CorruptDeltaError(
+                f"{where}: {key}: adapter_config.json says {got}, but the tensors were written with "
+                f"{metadata[key]}.\nOne of the two files was altered or comes from another delta; copy both again."
+            )
+
+
+def _check_tensors(where: Path, tensors: dict[str, StoredTensor], config: AdapterConfig) -> None:
+    """Each selected layer has the rows of one complete set of stacked parameters, and there is nothing else."""
+    left = dict(tensors)
+    for layer, path in config.paths.items():
+        start = rows_name(path, "")
+        rows = {name.removeprefix(start): left.pop(name) for name in tensors if name.startswith(start)}
+        if frozenset(rows) not in _PARAMETERS:
+            raise CorruptDeltaError(
+                f"{where}: layers.{layer}: got rows of {sorted(rows) or 'no parameter'}, expected gate_up_proj (or "
+                f"up_proj) and down_proj, and where the family has biases both of theirs.\n{DAMAGED}"
+            )
+        _check_shapes(f"{where}: layers.{layer}", rows, len(config.experts[layer]))
+    if left:
+        raise CorruptDeltaError(
+            f"{where}: got tensor {min(left)!r}, which is none of the rows that adapter_config.json selects (they are "
+            f"named {ROWS_PREFIX}… in layers {list(config.paths)}).\n{DAMAGED}"
+        )
+
+
+def _check_shapes(where: str, rows: dict[str, StoredTensor], num_selected: int) -> None:
+    shapes = {name: tensor.shape for name, tensor in rows.items()}
+    for name, shape in shapes.items():
+        num_axes = 2 if name.endswith("_bias") else 3
+        if len(shape) != num_axes or shape[0] != num_selected or 0 in shape:
+            raise CorruptDeltaError(
+                f"{where}: {name}: got shape {list(shape)}, expected {num_axes} axes, the first of {num_selected}: "
+                f"one row for each expert in adapter_config.json.\n{DAMAGED}"
+            )
+    up_name = "gate_up_proj" if "gate_up_proj" in shapes else "up_proj"
+    up, down = shapes[up_name][1:], shapes["down_proj"][1:]
+    layouts = ((*up, *down), (*reversed(up), *reversed(down)))  # (U, D, D, F), plain and transposed
+    factor = 2 if up_name == "gate_up_proj" else 1
+    fits = any(d == d_down and u == factor * f and _bias_fits(shapes, up_name, u, d) for u, d, d_down, f in layouts)
+    if not fits:
+        raise CorruptDeltaError(
+            f"{where}: got shapes { {name: list(shape) for name, shape in sorted(shapes.items())} }, which do not "
+            f"belong to one expert layer: {up_name} is {factor} × moe_intermediate_size by hidden_size, down_proj "
+            f"the other way round.\n{DAMAGED}"
+        )
+
+
+def _bias_fits(shapes: dict[str, tuple[int, ...]], up_name: str, up_size: int, hidden_size: int) -> bool:
+    if "down_proj_bias" not in shapes:
+        return True
+    return shapes[f"{up_name}_bias"][1] == up_size and shapes["down_proj_bias"][1] == hidden_size
+
+
+def _check_sums(folder: Path, tensors: dict[str, StoredTensor], metadata: dict[str, str]) -> None:
+    sums = json.loads(metadata["sha256"])
+    for name in sorted(tensors.keys() | sums.keys()):
+        expected = sums.get(name)
+        got = stored_sum(folder, tensors[name]) if name in tensors else None
+        if got != expected:
+            raise CorruptDeltaError(
+                f"{folder / TENSORS_FILE}: {name}: got sha256 {_digits(got)}, expected {_digits(expected)}.\n{DAMAGED}"
+            )
+
+
+def _digits(value: str | None) -> str:
+    return "none" if value is None else f"{value[:12]}…"
