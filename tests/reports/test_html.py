@@ -1,0 +1,306 @@
+"""The page is well formed, complete, self-contained, and shows data as text whatever it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metier.evaluation.result import SampleReply
+from metier.reports.data import ReportData
+from metier.reports.html import render, write_report
+
+VOID = {"meta", "br"}
+HOSTILE = "</pre><script>alert('x')</script><img src=https://evil.example/a onerror=alert(1)>\" ' & \x00 <b>"
+ALLOWED_TAGS = {
+    "html",
+    "head",
+    "meta",
+    "title",
+    "style",
+    "body",
+    "main",
+    "header",
+    "footer",
+    "section",
+    "article",
+    "figure",
+    "figcaption",
+    "details",
+    "summary",
+    "div",
+    "span",
+    "p",
+    "h1",
+    "h2",
+    "h3",
+    "b",
+    "i",
+    "em",
+    "strong",
+    "small",
+    "pre",
+    "dl",
+    "dt",
+    "dd",
+    "table",
+    "thead",
+    "tbody",
+    "tr",
+    "th",
+    "td",
+    "svg",
+    "line",
+    "circle",
+    "polyline",
+    "text",
+}
+
+
+class Page(HTMLParser):
+    """Elements with their attributes and text; fails on tags that do not close in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.text.append(data)
+
+    def of_class(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for _, attributes in self.elements if name in (attributes.get("class") or "").split()]
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+def everywhere(run: ReportData, text: str) -> ReportData:
+    """The run with `text` in every place that data can put a string."""
+
+    def replaced(evaluation: Any) -> Any:
+        sample = SampleReply(prompt=text, reference=text, reply=text + "!", origin=text)
+        score = dataclasses.replace(evaluation.score, metric=text)
+        return dataclasses.replace(
+            evaluation,
+            split=text,
+            samples=(sample,),
+            metrics={text: score},
+            domains={text: next(iter(evaluation.domains.values()))},
+            settings={text: text},
+        )
+
+    evaluations = {name: replaced(one) for name, one in run.evaluations.items()}
+    names = {"esft": text + "1", "full": text + "2", "base": "base"}
+    return dataclasses.replace(
+        run,
+        title=text,
+        model=text,
+        task=text,
+        task_description=text,
+        score_name=text,
+        command=text,
+        config={text: text},
+        versions={text: text, "metier": text},
+        metrics={names[name]: rows for name, rows in run.metrics.items()},
+        evaluations={names[name]: one for name, one in evaluations.items()},
+        rows=[dataclasses.replace(row, name=names[row.name], score=evaluations[row.name].score) for row in run.rows],
+    )
+
+
+def test_the_heat_map_has_a_cell_for_each_expert_of_each_layer(run: ReportData) -> None:
+    cells = Page(render(run)).of_class("cell")
+    assert len(cells) == 2 * 5
+    titles = [cell["title"] for cell in cells]
+    assert titles[0] == "layer 1, expert 0: 0.5000, selected"
+    assert titles[6] == "layer 3, expert 1: 0.0500"
+
+
+def test_the_marked_cells_are_the_selection(run: ReportData) -> None:
+    marked = [cell for cell in Page(render(run)).of_class("on") if "cell" in (cell["class"] or "")]
+    found = [re.findall(r"\d+", title)[:2] for title in (cell["title"] or "" for cell in marked)]
+    assert found == [["1", "0"], ["1", "3"], ["3", "4"]]
+    assert all((cell["title"] or "").endswith("selected") for cell in marked)
+
+
+def test_the_page_says_what_each_layer_covers(run: ReportData) -> None:
+    words = Page(render(run)).words
+    assert "2 · 70%" in words  # experts 0 and 3 of layer 1: 0.5 + 0.2
+    assert "1 · 70%" in words
+    assert "The 3 of 10 selected experts by layer" in words
+    assert "1 2 0, 3 3 1 4" in words
+
+
+def test_figures_of_the_run_are_on_the_page(run: ReportData) -> None:
+    words = Page(render(run)).words
+    esft, full = run.rows[1], run.rows[2]
+    assert esft.score is not None
+    assert esft.gain_share is not None
+    for expected in (
+        "trained 2.5% of the model’s parameters",
+        f"{esft.score.value:.1f}",
+        f"{100 * esft.gain_share:.0f}%",
+        "changed the loss on general text by +0.075 bits per byte (full fine-tuning: +0.300)",
+        "500.0 KB",
+        "250.0 K",
+        "10.0 M",
+        "30.0 s",
+        "1.0 GB",
+        "chance, 25",
+        "top 2 of 5",
+        "Jaccard overlap of 0.95",
+        "4,096 tokens",
+        "until they cover 60%",
+        "metier demo greek",
+        "revision not set",
+        "float32",
+        "test.jsonl:2",
+        "(empty reply)",
+        "Replies that were cut at the length limit: Base model 1, ESFT 1, Full fine-tuning 1.",
+    ):
+        assert expected in words, expected
+    assert full.forgetting is not None
+    assert words.count("+0.300") >= 3
+
+
+def test_nothing_is_fetched_and_nothing_runs(run: ReportData) -> None:
+    text = render(run)
+    page = Page(text)
+    assert "://" not in text
+    assert "@import" not in text
+    assert "url(" not in text
+    names = {name for _, attributes in page.elements for name in attributes}
+    assert not names & {"src", "href", "srcset", "action", "data", "xlink:href"}
+    assert not [name for name in names if name.startswith("on")]
+    assert "script" not in {tag for tag, _ in page.elements}
+    policy = [attributes for _, attributes in page.elements if "http-equiv" in attributes]
+    assert policy == [
+        {"http-equiv": "Content-Security-Policy", "content": "default-src 'none'; style-src 'unsafe-inline'"}
+    ]
+
+
+def test_hostile_text_stays_text_wherever_it_comes_from(run: ReportData) -> None:
+    text = render(everywhere(run, HOSTILE))
+    page = Page(text)
+    plain = Page(render(everywhere(run, "harmless")))
+    assert [tag for tag, _ in page.elements] == [tag for tag, _ in plain.elements]
+    assert [sorted(attributes) for _, attributes in page.elements] == [
+        sorted(attributes) for _, attributes in plain.elements
+    ]
+    assert {tag for tag, _ in page.elements} <= ALLOWED_TAGS
+    assert "<script" not in text
+    assert "<img" not in text
+    assert "\x00" not in text
+    shown = "".join(page.text)
+    assert shown.count("<script>alert('x')</script>") == "".join(plain.text).count("harmless")
+    assert shown.count("<script>") > 20
+
+
+def test_each_missing_part_is_a_sentence() -> None:
+    page = Page(render(ReportData(title="Nothing")))
+    for sentence in (
+        "No comparison was given, so there are no figures to lead with.",
+        "No routing profile was given, so there is no heat map.",
+        "No training losses were given, so there are no loss curves.",
+        "No task was evaluated, so there are no task scores.",
+        "General ability was not evaluated, so forgetting is not known.",
+        "No comparison was given, so costs are not shown.",
+        "No sample replies were kept.",
+        "No configuration was given.",
+    ):
+        assert sentence in page.words
+    assert len(page.of_class("missing")) == 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"selected": None}, "No selection was given, so no expert is marked."),
+        ({"reliability": None}, "Reliability was not measured."),
+        ({"metrics": {"esft": [{"step": 1}]}}, "No training losses were given"),
+    ],
+)
+def test_a_part_of_a_part_may_be_missing(
+    changed: Callable[..., ReportData], fields: dict[str, Any], sentence: str
+) -> None:
+    assert sentence in Page(render(changed(**fields))).words
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        field.name
+        for field in dataclasses.fields(ReportData)
+        if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+    ],
+)
+def test_any_field_may_be_left_out(run: ReportData, field: str) -> None:
+    given = {one.name: getattr(run, one.name) for one in dataclasses.fields(ReportData) if one.name != field}
+    if field == "layer_ids":
+        del given["scores_LE"]
+    Page(render(ReportData(**given)))
+
+
+def test_a_run_without_a_task_shows_what_it_has(run: ReportData, changed: Callable[..., ReportData]) -> None:
+    evaluations = {
+        name: dataclasses.replace(one, metrics={}, samples=(), cloze=None, task=None, split=None)
+        for name, one in run.evaluations.items()
+    }
+    rows = [dataclasses.replace(row, score=None, gain=None, gain_share=None, cloze=None) for row in run.rows]
+    words = Page(render(changed(evaluations=evaluations, rows=rows))).words
+    assert "No task was evaluated" in words
+    assert "+0.300" in words
+
+
+def test_an_unreliable_selection_is_marked(changed: Callable[..., ReportData]) -> None:
+    assert len(Page(render(changed(reliability=0.89))).of_class("warning")) == 1
+    assert Page(render(changed(reliability=0.9))).of_class("warning") == []
+    assert "Under 0.9: profile more text" in render(changed(reliability=0.89))
+    assert "The selection is stable" in render(changed(reliability=0.9))
+
+
+def test_losses_that_are_not_finite_are_counted(changed: Callable[..., ReportData]) -> None:
+    rows = [{"step": step, "loss": loss} for step, loss in enumerate([2.0, float("nan"), float("inf"), 1.0])]
+    text = render(changed(metrics={"esft": rows}))
+    assert "2 logged losses are not finite and are not drawn." in text
+    assert "nan" not in " ".join(attributes["points"] or "" for attributes in Page(text).of_class("line"))
+
+
+def test_unread_replies_are_shown(run: ReportData, changed: Callable[..., ReportData]) -> None:
+    base = run.evaluations["base"]
+    assert base.score is not None
+    scores = {"chrf": dataclasses.replace(base.score, num_unparsed=7)}
+    evaluations = {**run.evaluations, "base": dataclasses.replace(base, metrics=scores)}
+    assert "(7 unparsed)" in Page(render(changed(evaluations=evaluations))).words
+
+
+def test_a_reply_equal_to_its_reference_is_ticked(run: ReportData) -> None:
+    assert len(Page(render(run)).of_class("exact")) == 2 + 3
+
+
+def test_the_file_is_utf8_and_its_folder_is_made(run: ReportData, tmp_path: Path) -> None:
+    path = write_report(tmp_path / "runs" / "a" / "report.html", run)
+    assert path.read_text(encoding="utf-8") == render(run)
+    assert path.stat().st_size < 100_000
