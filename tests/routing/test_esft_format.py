@@ -48,6 +48,7 @@ def test_what_is_written_is_read_back(
         ("[]", "got list, expected the keys"),
         ('{"experts": {"1": [2]}}', r"got the keys \['experts'\], expected the keys"),
         (PUBLISHED.replace('"shared', '"share'), r"got the keys .*'share_experts'"),
+        (PUBLISHED.replace('"shared', '"top_p": 0.2, "shared'), r"got the keys .*'top_p'"),
         (PUBLISHED.replace("false", "0"), "shared_experts: got 0, expected true or false"),
         (
             PUBLISHED.replace('{"1": [8, 26], "10": [3], "2": [7]}', "[1]"),

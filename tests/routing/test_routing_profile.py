@@ -22,7 +22,9 @@ NUM_LAYERS, NUM_EXPERTS, TOP_K = 2, 7, 3
 def random_log(seed: int, num_tokens: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ids_LTK = torch.rand(NUM_LAYERS, num_tokens, NUM_EXPERTS, generator=generator).argsort(dim=-1)[..., :TOP_K]
-    return ids_LTK, torch.rand(NUM_LAYERS, num_tokens, TOP_K, generator=generator)
+    # a steep softmax: sums of weights of one magnitude would be exact without rounding
+    logits_LTK = torch.randn(NUM_LAYERS, num_tokens, TOP_K, generator=generator) * 20
+    return ids_LTK, logits_LTK.softmax(dim=-1)
 
 
 def made(ids_LTK: Tensor, weights_LTK: Tensor, lengths: list[int], **meta: str) -> RoutingProfile:

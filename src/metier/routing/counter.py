@@ -1,9 +1,9 @@
 """Count what the router did: slots and gate mass, by layer and expert, in two halves.
 
 The counts of even and odd sequences are kept apart, so that every profile can say how reliable it is. Routing
-weights are rounded to multiples of 2^-26 (half of float32's own step at 1.0) before they are added: sums of
-such numbers are exact in float64 up to 2^27 a layer and expert, so neither the batch size nor the order
-changes a bit of the result, and profiles merge exactly.
+weights are rounded to multiples of 2^-26 (a quarter of float32's step just below 1) before they are added:
+sums of such numbers are exact in float64 up to 2^27 a layer and expert, however small the smallest weight, so
+neither the batch size nor the order changes a bit of the result, and profiles merge exactly.
 """
 
 # T tokens, E experts, K top_k, L MoE layers, H halves (even and odd sequences)
