@@ -2,10 +2,11 @@
 
     python benchmarks/step_time.py            about five minutes on two cores; writes benchmarks/results/step_time.md
 
-Hidden size 1024, 64 experts of 512, top-8, two layers, bf16, 4 x 512 tokens, six experts a layer trained. The vocabulary
-has 6,288 entries, so that the output layer weighs against two layers what OLMoE's 50,304 weigh against its sixteen.
-Every side runs in processes of its own, in turn, so that a drifting machine hits all alike and peak memory is its own.
-Every step has another batch. AdamW is torch's fused one everywhere. Full fine-tuning is measured with each backend of transformers that fits.
+Hidden size 1024, 64 experts of 512, top-8, two layers, bf16, 4 x 512 tokens, six experts a layer trained. The
+vocabulary has 6,288 entries, so that the output layer weighs against two layers what OLMoE's 50,304 weigh against its
+sixteen. Every side runs in processes of its own, in turn, so that a drifting machine hits all alike and peak memory is
+its own. Every step has another batch. AdamW is torch's fused one everywhere. Full fine-tuning is measured with each
+backend of transformers that fits.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def build(side: str):
         model = peft.get_peft_model(model, EsftConfig(experts=busiest(model)))
     elif method == "lora":
         names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-        model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=[], target_parameters=names))
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=[], target_parameters=names)
+        )
     return model.train()
 
 
@@ -142,7 +145,13 @@ def main() -> None:
             command = [sys.executable, __file__, "--side", side]
             done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **MALLOC})
             runs[side].append(json.loads(done.stdout.splitlines()[-1]))
-            print(side, [round(s, 3) for s in runs[side][-1]["seconds"]], runs[side][-1]["growth_bytes"] >> 20, "MiB", flush=True)
+            print(
+                side,
+                [round(s, 3) for s in runs[side][-1]["seconds"]],
+                runs[side][-1]["growth_bytes"] >> 20,
+                "MiB",
+                flush=True,
+            )
     RESULTS.write_text(report(runs, args.rounds))
     print(RESULTS.read_text())
 
@@ -160,9 +169,24 @@ def report(runs: dict[str, list[dict]], rounds: int) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     lora = "lora grouped_mm"
     wanted = [
-        ("speed against full fine-tuning", middle[fastest] / middle["esft"], "at least 3", middle[fastest] >= 3 * middle["esft"]),
-        ("speed against LoRA on all experts", middle[lora] / middle["esft"], "at least 1.8", middle[lora] >= 1.8 * middle["esft"]),
-        ("memory growth of full fine-tuning's", growth["esft"] / growth[fastest], "at most 0.45", growth["esft"] <= 0.45 * growth[fastest]),
+        (
+            "speed against full fine-tuning",
+            middle[fastest] / middle["esft"],
+            "at least 3",
+            middle[fastest] >= 3 * middle["esft"],
+        ),
+        (
+            "speed against LoRA on all experts",
+            middle[lora] / middle["esft"],
+            "at least 1.8",
+            middle[lora] >= 1.8 * middle["esft"],
+        ),
+        (
+            "memory growth of full fine-tuning's",
+            growth["esft"] / growth[fastest],
+            "at most 0.45",
+            growth["esft"] <= 0.45 * growth[fastest],
+        ),
     ]
     goals = [f"| {name} | {value:.2f} | {goal} | {'yes' if met else 'no'} |" for name, value, goal, met in wanted]
     return "\n".join(
@@ -174,10 +198,11 @@ def report(runs: dict[str, list[dict]], rounds: int) -> str:
             (__doc__ or "").split("\n\n", 2)[2].strip(),
             "",
             f"{packages}; {os.cpu_count()} cores; glibc keeps its memory on every side ({', '.join(MALLOC)}).",
-            f"{rounds} rounds of {STEPS} steps after {WARMUP} warm-up steps, sides in turn. Fastest backend of full fine-tuning: "
-            f"{fastest.split()[1]}. (`batched_mm` would gather {BATCH * LENGTH * 8 * 3 * 1024 * 512 * 2 / 2**30:.0f} GiB of weights a layer.)",
+            f"{rounds} rounds of {STEPS} steps after {WARMUP} warm-up steps, sides in turn.",
+            f"Fastest backend of full fine-tuning: {fastest.split()[1]}.",
+            f"(`batched_mm` gathers {BATCH * LENGTH * 8 * 3 * 1024 * 512 * 2 / 2**30:.0f} GiB of weights a layer.)",
             "",
-            "| side | median s a step | range | times ESFT's | peak growth, MiB | ESFT's share of it | trained parameters |",
+            "| side | median s a step | range | times ESFT's | peak growth, MiB | ESFT's share | trained parameters |",
             "|-|-|-|-|-|-|-|",
             *rows,
             "",

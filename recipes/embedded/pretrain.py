@@ -1,6 +1,7 @@
 """Pretrain the embedded model; stops and resumes anywhere.
 
-    torchrun --nproc-per-node 2 -- recipes/embedded/pretrain.py --cache CACHE --run RUN [--decay-from STEP --decay-steps N]
+    torchrun --nproc-per-node 2 -- recipes/embedded/pretrain.py --cache CACHE --run RUN \
+        [--decay-from STEP --decay-steps N]
 
 One process a core, each with one thread and its share of the micro-batches: on small matrices that is much faster than
 one process with two threads. Plain `python` runs on one core and makes the same steps.

@@ -152,10 +152,10 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score a model, with or without a delta, on a task and on general ability."""
-    import json
-
+    from metier.evaluation.compare import compare
     from metier.evaluation.evaluate import evaluate as evaluate_model
     from metier.models.load import load
+    from metier.reports.console import comparison_table
 
     loaded = load(model, trust_remote_code=trust_remote_code)
     subject = loaded.model
@@ -163,10 +163,12 @@ def evaluate(
         from peft import PeftModel
 
         subject = PeftModel.from_pretrained(subject, str(adapter))
-    scores = json.dumps(evaluate_model(subject, loaded.tokenizer, task=task, general=general).to_dict(), indent=2)
+    scores = evaluate_model(subject, loaded.tokenizer, task=task, general=general)
     if output is not None:
-        output.write_text(scores + "\n", encoding="utf-8")
-    typer.echo(scores)
+        scores.save(output)
+    _print(comparison_table(compare(scores, [], base_name=model if adapter is None else str(adapter))))
+    for domain, loss in scores.domains.items():
+        typer.echo(f"{domain}: {loss.bits_per_byte:.3f} bits a byte ({loss.low:.3f} to {loss.high:.3f})")
 
 
 @app.command()

@@ -214,6 +214,11 @@ def test_scored_is_the_option_and_not_its_context(tokenizer: PreTrainedTokenizer
     assert scored_text(item("the quick", " brown", " lazy"), tokenizer) == [" brown", " lazy"]
 
 
+def test_the_whole_context_stands_before_each_option(tokenizer: PreTrainedTokenizerFast) -> None:
+    made = general._continuations(item("the quick brown", "fox", "dog"), tokenizer)
+    assert tokenizer.decode(made.context_ids) == "<bos>the quick brown"
+
+
 def test_a_token_across_the_seam_is_scored_for_every_option(tokenizer: PreTrainedTokenizerFast) -> None:
     # After "the " the options merge with the space before them: the seam moves to where all agree.
     merged = scored_text(item("the ", "quick", "lazy", "9"), tokenizer)

@@ -114,3 +114,17 @@ def test_each_context_is_run_once(
         continuation_losses(model, [items[1]])
     handle.remove()
     assert sizes == [40, 4 * 8]
+
+
+def test_a_batch_of_contexts_is_bounded(
+    model: DeepseekV2ForCausalLM, items: list[Continuations], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    handle = model.model.embed_tokens.register_forward_hook(lambda module, args, output: sizes.append(args[0].numel()))
+    monkeypatch.setattr(likelihood, "LOGITS_IN_BATCH", 150 * model.config.vocab_size)
+    with torch.inference_mode():
+        continuation_losses(model, items)
+    handle.remove()
+    # Alone because of their own size: 64 tokens of context and 36 of continuations, padded to three of 30.
+    assert max(sizes) <= 150
+    assert len(sizes) >= 2 * 3

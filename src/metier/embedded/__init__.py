@@ -8,6 +8,7 @@ model/                                    a transformers folder: weights, config
 tasks/<name>/{train,validation,test}.jsonl  records with the source package they come from; task.json names the metrics
 general/<domain>.txt                      held-out text, documents parted by a line `<|endoftext|>`
 general/cloze.jsonl                       {"context", "options", "answer", "domain"}
+general/mix.jsonl                         text and dialogue of pretraining, to mix into a task's records
 ```
 """
 
@@ -19,7 +20,16 @@ from pathlib import Path
 
 from metier.errors import ConfigError, ModelError
 
-__all__ = ["SPLITS", "cloze_path", "general_domains", "general_path", "model_path", "task_names", "task_path"]
+__all__ = [
+    "SPLITS",
+    "cloze_path",
+    "general_domains",
+    "general_path",
+    "mix_path",
+    "model_path",
+    "task_names",
+    "task_path",
+]
 
 ROOT = Path(__file__).parent
 SPLITS = ("train", "validation", "test")
@@ -80,6 +90,11 @@ def general_path(domain: str | None = None) -> Path:
 def cloze_path() -> Path:
     """The cloze test: one JSON object a line with context, options, answer (an index) and domain."""
     return ROOT / "general" / "cloze.jsonl"
+
+
+def mix_path() -> Path:
+    """Records of the pretraining domains, as a `general_dataset`: the paper mixes such data 1:1 against forgetting."""
+    return ROOT / "general" / "mix.jsonl"
 
 
 def _check(what: str, got: str, known: Sequence[str]) -> None:

@@ -15,33 +15,37 @@ from metier.reports.data import method_title
 def comparison_table(
     rows: Sequence[ComparisonRow], *, title: str | None = None, total_parameters: int | None = None
 ) -> Table:
-    """A rich table of the comparison; columns that no row has a value for are left out.
+    """A rich table of the comparison, a column a method; what was measured for none of them is left out.
 
     Args:
         rows: from `metier.evaluation.compare`.
         title: above the table.
         total_parameters: of the model, to show trained parameters as a share of it.
     """
-    table = Table(title=None if title is None else Text(title), caption="± is half of the 95% interval")
-    columns: list[tuple[str, list[str | None]]] = [("method", [method_title(row.name) for row in rows])]
     metric = next((row.score.metric for row in rows if row.score is not None), "score")
-    columns.append((metric, [_score(row) for row in rows]))
-    columns.append(("gain", [units.signed(row.gain.value, digits=1) if row.gain else None for row in rows]))
-    columns.append(("of full", [_given(row.gain_share, units.share) for row in rows]))
-    columns.append(("forgetting\nbits/byte", [_forgetting(row) for row in rows]))
-    columns.append(("cloze", [units.number(row.cloze.accuracy, digits=1) if row.cloze else None for row in rows]))
-    columns.append(("trained", [_trained(row, total_parameters) for row in rows]))
-    columns.append(("stored", [_given(row.delta_bytes, units.size) for row in rows]))
-    columns.append(("training", [_given(row.train_seconds, units.duration) for row in rows]))
-    columns.append(("peak memory", [_given(row.peak_memory_bytes, units.size) for row in rows]))
-    kept = [(name, cells) for name, cells in columns if any(cell is not None for cell in cells)]
-    for index, (name, _) in enumerate(kept):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    measures: list[tuple[str, list[str | None]]] = [
+        (metric, [_score(row) for row in rows]),
+        ("gain", [units.signed(row.gain.value, digits=1) if row.gain else None for row in rows]),
+        ("of full fine-tuning's", [_given(row.gain_share, units.share) for row in rows]),
+        ("forgetting, bits/byte", [_forgetting(row) for row in rows]),
+        ("cloze", [units.number(row.cloze.accuracy, digits=1) if row.cloze else None for row in rows]),
+        ("trained", [_trained(row, total_parameters) for row in rows]),
+        ("stored", [_given(row.delta_bytes, units.size) for row in rows]),
+        ("training", [_given(row.train_seconds, units.duration) for row in rows]),
+        ("peak memory", [_given(row.peak_memory_bytes, units.size) for row in rows]),
+    ]
+    table = Table(title=None if title is None else Text(title), caption="± is half of the 95% interval")
+    # methods side by side: there are few of them, so the table fits a terminal of 80 columns
+    table.add_column("")
     best = next((index for index, row in enumerate(rows) if not row.is_base), None)
-    for index in range(len(rows)):
-        # Text, not str: a name is no console markup.
-        cells = (Text(cells[index] or units.MISSING) for _, cells in kept)
-        table.add_row(*cells, style="bold" if index == best else None)
+    for index, row in enumerate(rows):
+        # Text, not str: a name is no console markup
+        table.add_column(
+            Text(method_title(row.name)), justify="right", style="bold" if index == best else "", overflow="fold"
+        )
+    for name, cells in measures:
+        if any(cell is not None for cell in cells):
+            table.add_row(name, *(Text(cell or units.MISSING) for cell in cells))
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -14,11 +15,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def reset_peak_memory() -> None:
+    """Begin a new peak, so that several runs in one process have one each; where the host has no way to, it goes on."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    if os.access(_CLEAR, os.W_OK):
+        _CLEAR.write_text("5", encoding="ascii")
+
 
 def peak_memory_bytes() -> int:
-    """Most memory that this process has held: of the accelerator where there is one, else of the host."""
+    """Most memory held since the last reset: of the accelerator where there is one, else by this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if _STATUS.exists():
+        (line,) = (line for line in _STATUS.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -13,10 +14,14 @@ from rich.console import Console
 
 from metier import embedded
 from metier.config import RunConfig
-from metier.evaluation.compare import MethodRun, compare
+from metier.evaluation.compare import ComparisonRow, MethodRun, compare
 from metier.evaluation.evaluate import evaluate
 from metier.evaluation.result import Evaluation
+from metier.evaluation.tasks import load_task
 from metier.models.load import load
+from metier.reports.console import comparison_table
+from metier.reports.data import ReportData
+from metier.reports.html import write_report
 from metier.routing.profile import RoutingProfile
 from metier.routing.selection import ExpertSelection, SelectionConfig
 from metier.training.run import RunResult, train
@@ -63,10 +68,6 @@ def run_demo(task: str, output: Path, baselines: bool, seed: int, *, console: Co
     Returns:
         The run's folder, with `report.html` in it.
     """
-    # drawn with matplotlib, which only the demo and reports need
-    from metier.reports.console import comparison_table
-    from metier.reports.html import write_report
-
     console, started = console or Console(), time.monotonic()
     root = free_folder(output)
     base = load("embedded", dtype="float32")
@@ -111,8 +112,7 @@ def _method_run(method: str, result: RunResult, evaluation: Evaluation) -> Metho
         trainable_parameters=result.plan.num_trained,
         delta_bytes=sum(path.stat().st_size for path in weights),
         train_seconds=result.train_seconds,
-        # the process' high-water mark says nothing about one method where several ran in it
-        peak_memory_bytes=None,
+        peak_memory_bytes=result.peak_memory_bytes,
     )
 
 
@@ -124,14 +124,12 @@ def _save_evaluations(path: Path, evaluations: dict[str, Evaluation]) -> None:
 def _report_data(
     task: str,
     root: Path,
-    rows: Any,
+    rows: Sequence[ComparisonRow],
     evaluations: dict[str, Evaluation],
     selection: ExpertSelection,
     total_parameters: int,
     seed: int,
-) -> Any:
-    from metier.reports.data import ReportData
-
+) -> ReportData:
     profile = RoutingProfile.load(root)
     config = demo_config("esft", task, root, seed)
     folders = {"esft": root, **{name: root / "baselines" / name for name in evaluations if name in ("full", "lora")}}
@@ -139,7 +137,7 @@ def _report_data(
         title=f"metier demo: {task}",
         model="embedded",
         task=task,
-        task_description=json.loads((embedded.task_path(task, "train").parent / "task.json").read_text())["description"],
+        task_description=load_task(task).description,
         scores_LE=profile.scores_LE(config.score).tolist(),
         layer_ids=profile.layer_ids,
         score_name=config.score,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from metier.deltas.save import save_delta
 from metier.models.load import load
 from metier.routing.profile import profile
 from metier.routing.selection import ExpertSelection, SelectionConfig, select
-from metier.training.callbacks import MetricsLog, ShowProgress, peak_memory_bytes
+from metier.training.callbacks import MetricsLog, ShowProgress, peak_memory_bytes, reset_peak_memory
 from metier.training.checkpoints import MarkCheckpoints, find_checkpoint
 from metier.training.folder import RunFolder, open_folder
 from metier.training.plan import TrainingPlan, training_plan
@@ -54,6 +55,9 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
         MetierError: any other error of the rooms that a run walks through.
     """
     console = console or Console()
+    # transformers renames options that PEFT and TRL still use; a user can do nothing about it
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+    reset_peak_memory()
     folder = open_folder(config)
     checkpoint = None
     if config.resume_from_checkpoint is not None:
