@@ -71,3 +71,9 @@ def test_nothing_to_pack_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
         pack([], tokenizer, sequence_length=8, num_tokens=8, seed=0)
     with pytest.raises(DataError, match="must be at least 1, got 0 and 8"):
         pack(chats(1), tokenizer, sequence_length=0, num_tokens=8, seed=0)
+
+
+def test_records_that_render_to_nothing_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{% for message in messages %}{% endfor %}"
+    with pytest.raises(DataError, match="all 3 records render to no token at all"):
+        pack(chats(3), tokenizer, sequence_length=8, num_tokens=16, seed=0)

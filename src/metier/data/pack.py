@@ -48,6 +48,11 @@ def pack(
         token_ids += _token_ids(record, tokenizer)
         if len(token_ids) >= num_tokens:
             break
+    if not token_ids:
+        raise DataError(
+            f"all {len(records):,} records render to no token at all, so there is nothing to measure on. "
+            "Look at the records, and at the tokenizer's chat template."
+        )
     num_available = min(len(token_ids), num_tokens)
     length = min(sequence_length, num_available)
     num_sequences = num_available // length
