@@ -28,8 +28,8 @@ from metier.training.run import RunResult, train
 
 Method = Literal["esft", "full", "lora"]
 
-LEARNING_RATES: dict[Method, float] = {"esft": 2e-3, "full": 1e-3, "lora": 5e-3}
-"""Each method's best of `benchmarks/quality.py` on the embedded tasks."""
+LEARNING_RATES: dict[Method, float] = {"esft": 2e-3, "full": 3e-4, "lora": 5e-3}
+"""From a short search on `synopsis`; `benchmarks/quality.py` sweeps them for every task."""
 
 EVALUATION: dict[str, Any] = {"limit": 100, "general_bytes": 6_000, "cloze_items": 120}
 """A part of what `metier evaluate` measures: the demo has to end within minutes on two cores."""
