@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ Configure = Callable[..., RunConfig]
 
 
 def delta(folder: str | Path) -> dict[str, Tensor]:
-    return load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
+    (path,) = (Path(folder) / "adapter").glob("*.safetensors")
+    return load_file(path)
 
 
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -134,17 +136,36 @@ def test_resuming_what_was_never_started_is_refused(configure: Configure, consol
         train(configure(resume_from_checkpoint="last"), console=console)
 
 
-def test_resuming_without_a_complete_checkpoint_is_refused(configure: Configure, console: Console) -> None:
+def test_a_run_stopped_before_its_first_checkpoint_begins_again(configure: Configure, console: Console) -> None:
+    straight = train(configure("straight"), console=console)
+    stopped = train(configure("stopped"), console=console)
+    (stopped.folder / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    shutil.rmtree(stopped.folder / "adapter")
+    again = train(configure("stopped", resume_from_checkpoint="last"), console=console)
+    assert "Resuming from the beginning" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert same_bits(delta(straight.folder), delta(again.folder))
+
+
+def test_an_incomplete_checkpoint_and_one_of_another_run_are_refused(configure: Configure, console: Console) -> None:
     result = train(configure(), console=console)
-    (result.folder / "checkpoints" / "checkpoint-2").mkdir(parents=True)
-    with pytest.raises(RunError, match="there is no complete checkpoint to resume from"):
-        train(configure(resume_from_checkpoint="last"), console=console)
-    wanted = str(result.folder / "checkpoints" / "checkpoint-2")
+    torn = result.folder / "checkpoints" / "checkpoint-2"
+    torn.mkdir(parents=True)
     with pytest.raises(RunError, match="is not a complete checkpoint"):
-        train(configure(resume_from_checkpoint=wanted), console=console)
+        train(configure(resume_from_checkpoint=str(torn)), console=console)
+    other = train(configure("other", save_steps=2), console=console).folder / "checkpoints" / "checkpoint-2"
+    with pytest.raises(RunError, match="is not a checkpoint of this run"):
+        train(configure(resume_from_checkpoint=str(other)), console=console)
 
 
-@pytest.mark.parametrize("method", ["esft", "lora"])
+def test_a_limit_keeps_the_newest_checkpoints(configure: Configure, console: Console) -> None:
+    result = train(configure(save_steps=1, save_total_limit=2), console=console)
+    assert {path.name for path in (result.folder / "checkpoints").glob("checkpoint-*")} == {
+        "checkpoint-3",
+        "checkpoint-4",
+    }
+
+
+@pytest.mark.parametrize("method", ["esft", "lora", "full"])
 def test_a_run_killed_with_sigkill_and_resumed_gives_the_same_bits(
     method: str, configure: Configure, console: Console
 ) -> None:

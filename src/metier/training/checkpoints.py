@@ -7,6 +7,7 @@ folder last, and only marked checkpoints are resumed.
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,13 @@ _MARKER = "complete"
 
 
 class MarkCheckpoints(TrainerCallback):
-    """Marks each checkpoint when the trainer has written it."""
+    """Marks each checkpoint when the trainer has written it, and only then removes the oldest beyond a limit.
+
+    The trainer's own limit removes before it tells of the new checkpoint: a kill in between would leave none.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -28,6 +35,9 @@ class MarkCheckpoints(TrainerCallback):
                 _flush(path)
         (folder / _MARKER).write_text(f"{state.global_step}\n", encoding="utf-8")
         _flush(folder / _MARKER)
+        if self.limit is not None:
+            for old in complete_checkpoints(Path(args.output_dir))[: -self.limit]:
+                shutil.rmtree(old)
 
 
 def _flush(path: Path) -> None:
@@ -35,21 +45,29 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def find_checkpoint(checkpoints: Path, wanted: str) -> Path:
-    """The checkpoint to resume: a folder, or the newest complete one for `last`.
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """The checkpoints that were written in full, oldest first."""
+    complete = [marker.parent for marker in checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_MARKER}")]
+    return sorted(complete, key=lambda folder: int(folder.name.rpartition("-")[2]))
+
+
+def find_checkpoint(checkpoints: Path, wanted: str) -> Path | None:
+    """The checkpoint to resume: one of the run's own by its folder, or the newest complete one for `last`.
+
+    None where `last` finds none: the run was stopped before its first, and begins again.
 
     Raises:
-        RunError: there is none, or it was not written in full.
+        RunError: the folder is another run's, or was not written in full.
     """
     if wanted != "last":
         folder = Path(wanted)
         if not (folder / _MARKER).exists():
             raise RunError(f"{folder}: is not a complete checkpoint of metier. Resume from 'last' or another one.")
+        if folder.resolve().parent != checkpoints.resolve():
+            raise RunError(
+                f"{folder}: is not a checkpoint of this run, whose are in {checkpoints}. Its rows may be other "
+                "experts'; resume the run that it belongs to."
+            )
         return folder
-    complete = [marker.parent for marker in checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_MARKER}")]
-    if not complete:
-        raise RunError(
-            f"{checkpoints}: there is no complete checkpoint to resume from. The run was stopped before its first; "
-            "start it anew in another output_dir, with a smaller save_steps."
-        )
-    return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]))
+    complete = complete_checkpoints(checkpoints)
+    return complete[-1] if complete else None

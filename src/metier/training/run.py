@@ -62,7 +62,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
     checkpoint = None
     if config.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(folder.checkpoints, config.resume_from_checkpoint)
-        console.print(f"Resuming from {checkpoint}")
+        console.print(f"Resuming from {checkpoint or 'the beginning: there is no complete checkpoint yet'}")
     loaded = load(
         config.model, dtype=config.dtype, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
@@ -84,7 +84,11 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
         config,
         folder.checkpoints,
         eval_items=None if eval_items is None else eval_items.items,
-        callbacks=[MetricsLog(folder.metrics), ShowProgress(console, config.method), MarkCheckpoints()],
+        callbacks=[
+            MetricsLog(folder.metrics),
+            ShowProgress(console, config.method),
+            MarkCheckpoints(config.save_total_limit),
+        ],
     )
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -138,6 +142,9 @@ def _save(model: PreTrainedModel | peft.PeftModel, tokenizer: PreTrainedTokenize
     if isinstance(model, peft.PeftModel) and model.peft_config["default"].peft_type == "ESFT":
         save_delta(model, folder.adapter)
         return
-    model.save_pretrained(folder.adapter)
-    if not isinstance(model, peft.PeftModel):
+    if isinstance(model, peft.PeftModel):
+        model.save_pretrained(folder.adapter)
+    else:
+        # the class's: checkpoints are saved in another layout (trainer.py)
+        type(model).save_pretrained(model, folder.adapter)
         tokenizer.save_pretrained(folder.adapter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
@@ -27,6 +28,9 @@ def make_trainer(
     callbacks: list[TrainerCallback],
 ) -> SFTTrainer:
     """A trainer over encoded records; the loss is on their labels, the mean over the step's labelled tokens."""
+    if not isinstance(model, PeftModel):
+        # the trainer resumes by parameter names: experts stacked as in memory, not one by one as on the hub
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
     trainer = SFTTrainer(
         model=model,
         args=_arguments(config, checkpoints, has_eval=eval_items is not None),
@@ -75,7 +79,8 @@ def _arguments(config: RunConfig, checkpoints: Path, *, has_eval: bool) -> SFTCo
         report_to=config.report_to,
         save_strategy="no" if config.save_steps is None else "steps",
         save_steps=500 if config.save_steps is None else config.save_steps,
-        save_total_limit=config.save_total_limit,
+        # MarkCheckpoints keeps to the limit
+        save_total_limit=None,
         eval_strategy="epoch" if has_eval else "no",
         # the router is frozen under ESFT; TRL would else take a balancing loss from the model's own configuration
         router_aux_loss_coef=0.0,

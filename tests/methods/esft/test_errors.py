@@ -111,3 +111,30 @@ def test_a_safe_merge_refuses_values_that_are_not_finite() -> None:
         model.base_model.model.model.layers[1].mlp.experts.esft_down_proj["default"][0, 0, 0] = float("nan")
     with pytest.raises(DeltaError, match="not finite; nothing was merged"):
         model.merge_and_unload(safe_merge=True)
+
+
+def test_a_merge_that_cannot_be_done_in_one_layer_is_done_in_none() -> None:
+    model = wrapped({1: [1], 2: [0]})
+    layers = model.base_model.model.model.layers
+    before = layers[1].mlp.experts.base_layer.down_proj.clone()
+    with torch.no_grad():
+        layers[1].mlp.experts.esft_down_proj["default"].add_(1)
+        layers[2].mlp.experts.esft_down_proj["default"][0, 0, 0] = float("inf")
+    with pytest.raises(DeltaError, match="nothing was merged"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layers[1].mlp.experts.base_layer.down_proj, before)
+
+
+def test_merging_an_adapter_that_is_not_there_is_refused() -> None:
+    with pytest.raises(DeltaError, match=r"adapter_names names \['typo'\]"):
+        wrapped({1: [1]}).merge_and_unload(adapter_names=["typo"])
+
+
+def test_mixing_needs_one_name_a_row_and_nothing_merged() -> None:
+    model = wrapped({1: [1, 2]}).eval()
+    ids = torch.ones(4, 3, dtype=torch.int64)
+    with pytest.raises(DeltaError, match="2 names for a batch of 4 rows"):
+        model(input_ids=ids, adapter_names=["default", "__base__"])
+    model.merge_adapter()
+    with pytest.raises(DeltaError, match=r"\['default'\] are merged into the base"):
+        model(input_ids=ids, adapter_names=["default"] * 4)

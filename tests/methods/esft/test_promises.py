@@ -206,3 +206,25 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         wrapped(input_ids=ids, labels=ids).loss.backward()
         grads.append([p.grad for p in wrapped.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_switching_off_a_merged_adapter_gives_the_base_and_a_new_one_begins_as_its_copy() -> None:
+    wrapped, _ = trained("deepseek_v2")
+    with wrapped.disable_adapter():
+        base = logits(wrapped, tokens())
+    wrapped.merge_adapter()
+    with wrapped.disable_adapter():
+        assert torch.equal(logits(wrapped, tokens()), base)
+    wrapped.merge_adapter()
+    wrapped.add_adapter("second", EsftConfig(experts=selection(wrapped)))
+    wrapped.set_adapter("second")
+    assert torch.equal(logits(wrapped, tokens()), base)
+
+
+def test_a_delta_over_many_layers_names_each_of_them(tmp_path: Path) -> None:
+    model = tiny_model("olmoe", num_hidden_layers=24)
+    wrapped = peft.get_peft_model(model, EsftConfig(experts={index: [index % 8] for index in range(24)}))
+    wrapped.save_pretrained(tmp_path)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    assert config.target_modules == [f"model.layers.{index}.mlp.experts" for index in range(24)]
+    assert len([m for m in wrapped.modules() if type(m).__name__ == "EsftExperts"]) == 24

@@ -52,6 +52,8 @@ class EsftExperts(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, expert_ids: list[int]) -> None:
         """Add an adapter whose rows begin as copies of the base's: a delta of zero."""
         first = getattr(self.base_layer, self.base_names[0])
+        # merged rows are not the base's
+        self.unmerge()
         ids = torch.tensor(expert_ids, dtype=torch.int64, device=first.device)
         self.esft_expert_ids[adapter_name] = ids
         for name in self.base_names:
@@ -61,6 +63,8 @@ class EsftExperts(nn.Module, BaseTunerLayer):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As the experts contract has it: (T, D), (T, K) int64, (T, K) → (T, D)."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         by_request = self._adapters_by_request or (tuple(self._active()),)
         names = [name for name in dict.fromkeys(n for r in by_request for n in r) if self.expert_ids(name)]
         if self.disable_adapters or self.merged or not names:
@@ -91,19 +95,24 @@ class EsftExperts(nn.Module, BaseTunerLayer):
         Raises:
             DeltaError: two of the adapters replace the same expert, or (with `safe_merge`) a row is not finite.
         """
-        names = [n for n in (adapter_names or self._active()) if self.expert_ids(n)]
-        names = [n for n in names if n not in self.merged_adapters]
-        self._virtual_ids([*self.merged_adapters, *names], (*self.merged_adapters, *names))
-        for adapter in names:
+        for adapter in self.check_merge(adapter_names, safe_merge=safe_merge):
             rows = self._rows(adapter)
-            if safe_merge and not all(torch.isfinite(tensor).all() for tensor in rows.values()):
-                raise DeltaError(
-                    f"{self.path}: adapter '{adapter}' holds values that are not finite; nothing was merged."
-                )
             ids = self.esft_expert_ids[adapter]
             self._base_rows[adapter] = {n: getattr(self.base_layer, n).detach()[ids].clone() for n in rows}
             self._write(ids, rows)
             self.merged_adapters.append(adapter)
+
+    def check_merge(self, adapter_names: list[str] | None, *, safe_merge: bool) -> list[str]:
+        """Which adapters a merge would write here; raises what `merge` raises, and writes nothing."""
+        names = [n for n in (adapter_names or self._active()) if self.expert_ids(n)]
+        names = [n for n in names if n not in self.merged_adapters]
+        self._virtual_ids([*self.merged_adapters, *names], (*self.merged_adapters, *names))
+        for adapter in names if safe_merge else ():
+            if not all(torch.isfinite(tensor).all() for tensor in self._rows(adapter).values()):
+                raise DeltaError(
+                    f"{self.path}: adapter '{adapter}' holds values that are not finite; nothing was merged."
+                )
+        return names
 
     def unmerge(self) -> None:
         """Put the base's rows back, to the bit."""
@@ -119,7 +128,7 @@ class EsftExperts(nn.Module, BaseTunerLayer):
     def _write(self, ids: Tensor, rows: dict[str, Tensor]) -> None:
         for name, tensor in rows.items():
             weight = getattr(self.base_layer, name)
-            weight[ids] = tensor.detach().to(weight.dtype)
+            weight[ids] = tensor.detach().to(weight)
 
     def _rows(self, adapter: str) -> dict[str, Tensor]:
         return {name: getattr(self, f"esft_{name}")[adapter] for name in self.base_names}

@@ -70,6 +70,42 @@ class EsftModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's own, which may shorten a long list of target modules; the saved configuration names each layer."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        paths = {layer.index: layer.path for layer in moe_layers(model)}
+        config.target_modules = [paths[index] for index in config.experts]
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge in every layer, or in none where one of them cannot be merged."""
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        unloaded: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        return unloaded
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        self._check_known(adapter_names or [], "adapter_names")
+        for layer in self._layers():
+            layer.check_merge(adapter_names, safe_merge=safe_merge)
+
+    def _check_known(self, names: list[str], where: str) -> None:
+        if unknown := sorted(set(names) - set(self.peft_config)):
+            raise DeltaError(f"{where} names {unknown}, but the model has {sorted(self.peft_config)}. Load them first.")
+
+    def _layers(self) -> list[EsftExperts]:
+        return [module for module in self.model.modules() if isinstance(module, EsftExperts)]
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own looks for a single `weight`, which stacked experts do not have; our rows are made on their device
         setattr(parent, child_name, new_module)
@@ -83,12 +119,16 @@ class EsftModel(BaseTuner):
             return
         if self.training:
             raise DeltaError("adapter_names mixes adapters for inference only; call model.eval() first.")
-        unknown = sorted(set(names) - set(self.peft_config) - {BASE})
-        if unknown:
+        self._check_known([name for name in names if name != BASE], "adapter_names")
+        layers = self._layers()
+        merged = sorted({name for layer in layers for name in layer.merged_adapters})
+        if merged:
             raise DeltaError(
-                f"adapter_names names {unknown}, but the model has {sorted(self.peft_config)}. Load them first."
+                f"adapter_names mixes adapters, but {merged} are merged into the base. Unmerge them first."
             )
-        layers = [module for module in self.model.modules() if isinstance(module, EsftExperts)]
+        batch = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None), None)
+        if batch is not None and len(batch) != len(names):
+            raise DeltaError(f"adapter_names has {len(names)} names for a batch of {len(batch)} rows; give one a row.")
         by_request = tuple(() if name == BASE else (name,) for name in names)
         for layer in layers:
             layer.set_requests(by_request)
