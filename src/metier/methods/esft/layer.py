@@ -66,7 +66,7 @@ class EsftExperts(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         by_request = self._adapters_by_request or (tuple(self._active()),)
-        names = [name for name in dict.fromkeys(n for r in by_request for n in r) if self.expert_ids(name)]
+        names = [name for name in dict.fromkeys(n for r in by_request for n in r) if name in self.esft_expert_ids]
         if self.disable_adapters or self.merged or not names:
             out_TD: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
             return out_TD

@@ -46,6 +46,8 @@ class EsftModel(BaseTuner):
         peft_config.base_fingerprint = found
         peft_config.num_experts = max(layer.num_experts for layer in layers.values())
         peft_config.target_modules = [layers[index].path for index in peft_config.experts]
+        # for the time of the injection, which asks layer by layer
+        self._views = {layer.path: layer for layer in layers.values()}
         return peft_config
 
     def _create_and_replace(
@@ -58,7 +60,7 @@ class EsftModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        view = next(layer for layer in moe_layers(self.model) if layer.path == current_key)
+        view = self._views[current_key]
         assert peft_config.experts is not None
         expert_ids = peft_config.experts[view.index]
         if isinstance(target, EsftExperts):
@@ -74,8 +76,9 @@ class EsftModel(BaseTuner):
         """PEFT's own, which may shorten a long list of target modules; the saved configuration names each layer."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
-        paths = {layer.index: layer.path for layer in moe_layers(model)}
+        paths = {view.index: path for path, view in self._views.items()}
         config.target_modules = [paths[index] for index in config.experts]
+        del self._views
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge in every layer, or in none where one of them cannot be merged."""
