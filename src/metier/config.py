@@ -74,6 +74,8 @@ class RunConfig:
     """Longest record in tokens. Longer ones are left out and reported, never cut."""
     bf16: bool = False
     """Compute in bfloat16 mixed precision."""
+    padding_free: bool = False
+    """Put short records of a batch behind one another instead of padding each: the same batch and loss, less time."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
     lr_scheduler_type: str = "linear"

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from metier.training.callbacks import MetricsLog, peak_memory_bytes, reset_peak_memory
+from metier.data.collate import Collator, PaddingFreeCollator
+from metier.data.encode import Encoded
+from metier.training.callbacks import MetricsLog, num_record_tokens, peak_memory_bytes, reset_peak_memory
 
 
 def filled(num_megabytes: int) -> mmap.mmap:
@@ -38,3 +40,12 @@ def test_a_resumed_run_takes_back_the_lines_behind_its_checkpoint_and_a_torn_one
     log, state = MetricsLog(path), TrainerState(global_step=3)
     log.on_train_begin(TrainingArguments(output_dir=str(tmp_path)), state, TrainerControl())
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_tokens_are_counted_alike_whether_the_batch_is_padded_or_not() -> None:
+    lengths = (6, 3, 2, 4, 2)
+    items = [Encoded(list(range(3, 3 + n)), list(range(3, 3 + n)), "") for n in lengths]
+    padded, free = Collator(0)(items), PaddingFreeCollator(0)(items)
+    assert num_record_tokens(padded["attention_mask"], None) == sum(lengths)
+    assert num_record_tokens(None, free["position_ids"]) == sum(lengths)
+    assert free["position_ids"].numel() == 18

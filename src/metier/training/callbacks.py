@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -37,12 +39,67 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+class CountTokens(TrainerCallback):
+    """Puts `num_tokens` into what is logged: the records' tokens that the model was trained on, padding left out.
+
+    TRL's own number is right for padded batches alone. This callback stands before those that use the number.
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._hook: RemovableHandle | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        assert model is not None, "the trainer passes its model to every callback"
+        self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, model: nn.Module, _: tuple[Any, ...], batch: dict[str, Any]) -> None:
+        if model.training:
+            self.num_tokens += num_record_tokens(batch.get("attention_mask"), batch.get("position_ids"))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs is not None and "num_tokens" in logs:
+            logs["num_tokens"] = float(self.num_tokens)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+
+def num_record_tokens(attention_mask_BT: Tensor | None, position_ids_RT: Tensor | None) -> int:
+    """Tokens of a batch that belong to a record: by the mask of `Collator`, or the positions of `PaddingFreeCollator`.
+
+    There every token of a row's padding has position 0, as has the first of each record; padding is followed by 0 or
+    by nothing, a record's first token by 1.
+    """
+    if attention_mask_BT is not None:
+        return int(attention_mask_BT.sum())
+    assert position_ids_RT is not None, "a batch of metier has a mask or positions"
+    following_RT = nn.functional.pad(position_ids_RT[:, 1:], (0, 1))
+    return int(((position_ids_RT > 0) | (following_RT > 0)).sum())
+
+
 class MetricsLog(TrainerCallback):
     """Writes metrics.jsonl. A resumed run takes back the lines behind its checkpoint, so each step stands once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._started = self._tokens_before = 0.0
+        self._started = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._started = time.monotonic()

@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from metier.config import RunConfig
+from metier.data.collate import padding_share
 from metier.data.encode import EncodedSet, encode_records
 from metier.data.message import Record
 from metier.data.records import load_records, mix
@@ -20,12 +21,16 @@ from metier.deltas.save import save_delta
 from metier.models.load import load
 from metier.routing.profile import profile
 from metier.routing.selection import ExpertSelection, SelectionConfig, select
-from metier.training.callbacks import MetricsLog, ShowProgress, peak_memory_bytes, reset_peak_memory
+from metier.training.apart import check_records_stay_apart
+from metier.training.callbacks import CountTokens, MetricsLog, ShowProgress, peak_memory_bytes, reset_peak_memory
 from metier.training.checkpoints import MarkCheckpoints, find_checkpoint
 from metier.training.folder import RunFolder, open_folder
 from metier.training.plan import TrainingPlan, training_plan
 from metier.training.trainer import make_trainer
 from metier.training.wrapping import wrap
+
+WORTH_TELLING = 0.2
+"""Share of padding in a batch from which a run says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,10 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
     plan = training_plan(model, method=config.method, selection=selection)
     plan.save(folder.plan)
     console.print(plan)
+    if config.padding_free:
+        check_records_stay_apart(model, items.items)
+    else:
+        _tell_of_padding(items, config, console)
     trainer = make_trainer(
         model,
         loaded.tokenizer,
@@ -85,6 +94,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
         folder.checkpoints,
         eval_items=None if eval_items is None else eval_items.items,
         callbacks=[
+            CountTokens(),
             MetricsLog(folder.metrics),
             ShowProgress(console, config.method),
             MarkCheckpoints(config.save_total_limit),
@@ -115,6 +125,12 @@ def _encode(
     if report := encoded.report():
         console.print(report, style="yellow")
     return encoded
+
+
+def _tell_of_padding(items: EncodedSet, config: RunConfig, console: Console) -> None:
+    share = padding_share([len(item.input_ids) for item in items.items], config.per_device_train_batch_size)
+    if share >= WORTH_TELLING:
+        console.print(f"{share:.0%} of what a batch computes is padding; padding_free: true leaves it out.")
 
 
 def _selection(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -13,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from metier.config import RunConfig
-from metier.data.collate import Collator
+from metier.data.collate import Collator, PaddingFreeCollator
 from metier.data.encode import Encoded
 
 
@@ -37,7 +38,7 @@ def make_trainer(
         train_dataset=_dataset(items),
         eval_dataset=None if eval_items is None else _dataset(eval_items),
         processing_class=tokenizer,
-        data_collator=Collator(int(tokenizer.pad_token_id)),
+        data_collator=(PaddingFreeCollator if config.padding_free else Collator)(int(tokenizer.pad_token_id)),
         callbacks=callbacks,
     )
     for shown_elsewhere in (PrinterCallback, ProgressCallback):
@@ -69,6 +70,8 @@ def _arguments(config: RunConfig, checkpoints: Path, *, has_eval: bool) -> SFTCo
         num_train_epochs=config.num_train_epochs,
         max_steps=-1 if config.max_steps is None else config.max_steps,
         bf16=config.bf16,
+        # the trainer refuses bf16 on a host without an accelerator unless it is told that it may
+        use_cpu=not torch.accelerator.is_available(),
         gradient_checkpointing=config.gradient_checkpointing,
         lr_scheduler_type=config.lr_scheduler_type,
         warmup_steps=config.warmup_steps,
