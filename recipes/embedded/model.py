@@ -6,17 +6,20 @@ with 32 routed experts of width 96 (top-4) and two shared ones.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV2Config, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # T tokens, D hidden_size, E experts, K top_k, V vocabulary
 # S = T * K token-expert pairs, P the same with each expert's rows padded to full blocks; I, O inputs and outputs
 
 BLOCK = 64
+QUERY_BLOCK = 128
 
 CONFIG = DeepseekV2Config(
     vocab_size=8192,
@@ -120,33 +123,84 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Next-token loss from the last hidden states without ever holding the logits of all tokens.
 
     Inputs: hidden_TD, the head's weight_VD, labels_T (int64). Output: the mean loss, a scalar. The gradients are made
-    in the forward pass, chunk by chunk, while the chunk's logits are still in cache.
+    in the forward pass, chunk by chunk, while the chunk's logits are still in cache. Probabilities stay in the hidden
+    states' dtype: the gradient is rounded to it anyway, and the loss is only logged.
     """
 
     @staticmethod
-    def forward(ctx, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk: int = 1024) -> Tensor:
+    def forward(ctx, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk: int = 256) -> Tensor:
         grad_TD = torch.empty_like(hidden_TD)
         grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         loss = hidden_TD.new_zeros((), dtype=torch.float32)
         num_tokens = labels_T.numel()
         for first in range(0, num_tokens, chunk):
             rows = slice(first, first + chunk)
-            logits_TV = (hidden_TD[rows] @ weight_VD.T).float()
-            log_probs_TV = logits_TV.log_softmax(-1)
-            picked_T = labels_T[rows].unsqueeze(-1)
-            loss -= log_probs_TV.gather(-1, picked_T).sum()
-            grad_TV = log_probs_TV.exp_()
-            grad_TV.scatter_add_(-1, picked_T, grad_TV.new_full(picked_T.shape, -1.0))
-            grad_TV = grad_TV.div_(num_tokens).to(hidden_TD.dtype)
-            grad_TD[rows] = grad_TV @ weight_VD
+            probs_TV = (hidden_TD[rows] @ weight_VD.T).softmax(-1)
+            picked_T1 = labels_T[rows].unsqueeze(-1)
+            loss -= probs_TV.gather(-1, picked_T1).float().log().sum()
+            grad_TV = probs_TV.scatter_add_(-1, picked_T1, probs_TV.new_full(picked_T1.shape, -1.0))
+            torch.mm(grad_TV, weight_VD, out=grad_TD[rows])
             grad_VD += grad_TV.T @ hidden_TD[rows]
-        ctx.save_for_backward(grad_TD, grad_VD.to(weight_VD.dtype))
+        ctx.save_for_backward(grad_TD.div_(num_tokens), grad_VD.div_(num_tokens).to(weight_VD.dtype))
         return loss / num_tokens
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_TD, grad_VD = ctx.saved_tensors
         return grad_TD * grad, grad_VD * grad, None, None
+
+
+class _CausalAttention(torch.autograd.Function):
+    """Softmax attention over whole rows, as plain products; a block of queries sees its keys only.
+
+    Three times as fast as torch's fused attention on a CPU at 512 positions in bf16, whose tiles are small.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        probs = []
+        for first in range(0, query.shape[-2], QUERY_BLOCK):
+            last = min(first + QUERY_BLOCK, query.shape[-2])
+            scores = torch.baddbmm(
+                _causal_bias(first, last, query.dtype), query[:, first:last], key[:, :last].mT, alpha=scale
+            )
+            probs.append(scores.softmax(-1))
+            out[:, first:last] = probs[-1] @ value[:, :last]
+        ctx.save_for_backward(query, key, value, *probs)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        query, key, value, *probs = ctx.saved_tensors
+        grads = [torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)]
+        for index, part in enumerate(probs):
+            first, last = index * QUERY_BLOCK, part.shape[-1]
+            grad_out = grad[:, first:last]
+            grads[2][:, :last] += part.mT @ grad_out
+            grad_probs = grad_out @ value[:, :last].mT
+            grad_scores = torch._softmax_backward_data(grad_probs, part, -1, part.dtype).mul_(ctx.scale)
+            grads[0][:, first:last] = grad_scores @ key[:, :last]
+            grads[1][:, :last] += grad_scores.mT @ query[:, first:last]
+        return *grads, None
+
+
+@lru_cache
+def _causal_bias(first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """0 where a query of `first:last` may look, else minus infinity; (1, last - first, last)."""
+    return torch.full((1, last - first, last), float("-inf"), dtype=dtype).triu_(first + 1)
+
+
+def attention_forward(module: nn.Module, query, key, value, attention_mask, scaling: float, **_) -> tuple[Tensor, None]:
+    """Attention in transformers' interface: (batch, heads, sequence, head_dim) in, (batch, sequence, heads, ·) out."""
+    batch, heads = query.shape[:2]
+    q, k, v = (part.reshape(batch * heads, *part.shape[2:]) for part in (query, key, value))
+    out = _CausalAttention.apply(q, k, v, scaling)
+    return out.view(batch, heads, *out.shape[1:]).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("recipe_causal", attention_forward)
 
 
 def build(seed: int) -> PreTrainedModel:
@@ -159,6 +213,7 @@ def build(seed: int) -> PreTrainedModel:
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             nn.init.normal_(parameter, std=0.02)
     model.set_experts_implementation("recipe_blocks")
+    model.set_attn_implementation("recipe_causal")
     return model
 
 

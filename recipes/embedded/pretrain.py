@@ -24,7 +24,7 @@ import torch
 from model import ChunkedCrossEntropy, RouterRecord, build
 from optimizer import MuonWithAdamW
 from torch import distributed
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 SEQUENCE_LENGTH = 512
 SEQUENCES_PER_STEP = 24
@@ -35,8 +35,8 @@ WARMUP_STEPS = 60
 SEED = 17
 
 
-def lr_scale(step: int, decay_from: int | None, decay_steps: int) -> float:
-    warm = min(1.0, (step + 1) / WARMUP_STEPS)
+def lr_scale(step: int, first_step: int, decay_from: int | None, decay_steps: int) -> float:
+    warm = min(1.0, (step - first_step + 1) / WARMUP_STEPS)
     if decay_from is None or step < decay_from:
         return warm
     return max(0.0, 1 - (step - decay_from + 0.5) / decay_steps)
@@ -78,9 +78,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def save(path: Path, optimizer: MuonWithAdamW, step: int) -> None:
-    torch.save({"step": step, "optimizer": optimizer.state_dict()}, path.with_suffix(".tmp"))
+def save(path: Path, optimizer: MuonWithAdamW, step: int, first_step: int) -> None:
+    state = {"step": step, "first_step": first_step, "optimizer": optimizer.state_dict()}
+    torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """The weights of an exported model, on disk one tensor an expert; every one must be there."""
+    exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.load_state_dict(exported.state_dict())
 
 
 def export(model: PreTrainedModel, cache: Path, folder: Path) -> None:
@@ -96,6 +103,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="a checkpoint to start from when RUN has none yet")
+    parser.add_argument("--start-model", type=Path, help="an exported model to go on from, with a new warm-up")
+    parser.add_argument("--start-step", type=int, default=0, help="how many steps that model has read")
     parser.add_argument("--decay-from", type=int)
     parser.add_argument("--decay-steps", type=int, default=300)
     parser.add_argument("--max-steps", type=int)
@@ -111,25 +120,28 @@ def main() -> None:
     tokens = np.memmap(args.cache / "tokens.bin", dtype=np.uint16, mode="r")
     model = build(SEED)
     record = RouterRecord(model)
+    first_step = args.start_step
+    if args.start_model is not None:
+        load_weights(model, args.start_model)
     optimizer = MuonWithAdamW(model, muon_lr=args.muon_lr, adamw_lr=args.adamw_lr, weight_decay=0.1)
     model.bfloat16()
-    checkpoint, step = args.run / "checkpoint.pt", 0
+    checkpoint, step = args.run / "checkpoint.pt", first_step
     start = checkpoint if checkpoint.exists() else args.start
-    if start is not None and start.exists():
+    if start is not None:
         state = torch.load(start)
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+        step, first_step = state["step"], state["first_step"]
     last = args.max_steps or (len(tokens) - 1) // TOKENS_PER_STEP
     if args.decay_from is not None:
         last = min(last, args.decay_from + args.decay_steps)
-    started, first_step = time.monotonic(), step
+    started, resumed_at = time.monotonic(), step
     with (args.run / "log.jsonl").open("a") as log:
         while step < last:
             # one token of overlap: the last of a sequence is the first label of the next
             flat = torch.from_numpy(tokens[step * TOKENS_PER_STEP : (step + 1) * TOKENS_PER_STEP + 1].astype(np.int64))
             tokens_BS = flat.unfold(0, SEQUENCE_LENGTH + 1, SEQUENCE_LENGTH)
             loss, balance, counts_LE = train_step(model, record, tokens_BS)
-            optimizer.step(lr_scale(step, args.decay_from, args.decay_steps))
+            optimizer.step(lr_scale(step, first_step, args.decay_from, args.decay_steps))
             step += 1
             share_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
             row = {
@@ -139,14 +151,14 @@ def main() -> None:
                 "balancing": round(balance, 4),
                 "least_share": round(share_LE.min().item(), 5),
                 "most_share": round(share_LE.max().item(), 5),
-                "tokens_per_second": round((step - first_step) * TOKENS_PER_STEP / (time.monotonic() - started)),
+                "tokens_per_second": round((step - resumed_at) * TOKENS_PER_STEP / (time.monotonic() - started)),
             }
             if rank() > 0:
                 continue
             log.write(json.dumps(row) + "\n")
             log.flush()
             if step % args.save_every == 0 or step == last:
-                save(checkpoint, optimizer, step)
+                save(checkpoint, optimizer, step, first_step)
     if rank() == 0:
         export(model, args.cache, args.run / "model")
 
