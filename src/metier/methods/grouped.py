@@ -8,12 +8,15 @@ plain products that skips empty groups, which on a CPU is what torch's own kerne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+CPU_MOST_ROWS = 512
+"""Rows of one product on a CPU in 16 bits. oneDNN makes and keeps a kernel for every shape, so there should be few."""
 
 
 def grouped_matmul(rows_PI: Tensor, weight_GIO: Tensor, bounds: Sequence[int], out_PO: Tensor | None = None) -> Tensor:
@@ -30,7 +33,8 @@ def grouped_matmul(rows_PI: Tensor, weight_GIO: Tensor, bounds: Sequence[int], o
         return product_PO if out_PO is None else out_PO.copy_(product_PO)
     if out_PO is None:
         out_PO = rows_PI.new_empty(rows_PI.shape[0], weight_GIO.shape[2])
-    for group, (first, last) in _filled(bounds):
+    most_rows = None if rows_PI.dtype in (torch.float32, torch.float64) else CPU_MOST_ROWS
+    for group, (first, last) in _filled(bounds, most_rows):
         torch.mm(rows_PI[first:last], weight_GIO[group], out=out_PO[first:last])
     return out_PO
 
@@ -59,9 +63,12 @@ def grouped_repeat(values_GO: Tensor, bounds: Sequence[int]) -> Tensor:
     return values_GO.repeat_interleave(counts, dim=0)
 
 
-def _filled(bounds: Sequence[int]) -> list[tuple[int, tuple[int, int]]]:
-    start = bounds[0]
-    return [(g, (a - start, b - start)) for g, (a, b) in enumerate(pairwise(bounds)) if b > a]
+def _filled(bounds: Sequence[int], most_rows: int | None = None) -> Iterator[tuple[int, tuple[int, int]]]:
+    """The groups that have rows, each with its first row and the one after its last; large ones in several parts."""
+    for group, (start, end) in enumerate(pairwise(bounds)):
+        step = most_rows or max(1, end - start)
+        for first in range(start - bounds[0], end - bounds[0], step):
+            yield group, (first, min(first + step, end - bounds[0]))
 
 
 def _offsets(bounds: Sequence[int], device: torch.device) -> Tensor:
