@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from metier.deltas.verify import verify
     from metier.evaluation.evaluate import evaluate
     from metier.methods.esft import EsftConfig
+    from metier.methods.expert_lora import ExpertLoraConfig
     from metier.models.load import load
     from metier.models.moe import MoELayer, moe_layers
     from metier.routing.profile import RoutingProfile, profile
@@ -47,6 +48,7 @@ __all__ = [
     "select",
     "ExpertSelection",
     "EsftConfig",
+    "ExpertLoraConfig",
     "train",
     "evaluate",
     "verify",
@@ -74,6 +76,7 @@ _HOMES = {
     "select": "metier.routing.selection",
     "ExpertSelection": "metier.routing.selection",
     "EsftConfig": "metier.methods.esft",
+    "ExpertLoraConfig": "metier.methods.expert_lora",
     "train": "metier.training.run",
     "evaluate": "metier.evaluation.evaluate",
     "verify": "metier.deltas.verify",

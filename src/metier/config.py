@@ -30,8 +30,8 @@ class RunConfig:
     output_dir: str
     """The run's folder: configuration, profile, selection, checkpoints, adapter, metrics, report."""
 
-    method: Literal["esft", "full", "lora"] = "esft"
-    """What is trained: selected experts, every parameter, or a LoRA on all experts."""
+    method: Literal["esft", "expert_lora", "full", "lora"] = "esft"
+    """What is trained: selected experts, a LoRA on selected experts, every parameter, or a LoRA on all experts."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub."""
     trust_remote_code: bool = False
@@ -54,11 +54,11 @@ class RunConfig:
     profile_tokens: int = 131_072
     """Tokens of the training data that are profiled; the paper finds 2^17 enough."""
     lora_r: int = 8
-    """Rank of the LoRA baseline."""
+    """Rank of a LoRA."""
     lora_alpha: float = 16.0
-    """Scale of the LoRA baseline; its update is multiplied by lora_alpha / lora_r."""
+    """Scale of a LoRA; its change is multiplied by lora_alpha / lora_r."""
     lora_dropout: float = 0.0
-    """Dropout of the LoRA baseline's input."""
+    """Dropout of a LoRA's inputs; 0 where it is on all experts."""
 
     learning_rate: float = 1e-5
     """Peak learning rate. The paper's values: 1e-5 for esft, 3e-5 for full, 1e-4 for lora."""

@@ -90,6 +90,23 @@ def test_the_baselines_train_and_say_so(method: str, configure: Configure, conso
         assert all(".mlp.experts." in name and "lora_" in name for name in experts)
 
 
+def test_a_lora_on_selected_experts_is_planned_trained_and_loads_in_plain_peft(
+    configure: Configure, console: Console, tmp_path: Path
+) -> None:
+    ExpertSelection(experts={1: (2, 5), 2: (0,)}).save(tmp_path / "selection.json")
+    config = configure(method="expert_lora", selection=str(tmp_path / "selection.json"), lora_r=4, lora_dropout=0.1)
+    result = train(config, console=console)
+    sizes = 3 * 4 * ((32 + 2 * 16) + (16 + 32))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"expert_lora: {sizes:,} parameters are trained" in text
+    assert "LoRA on 2 experts: 2, 5" in text
+    model = peft.PeftModel.from_pretrained(load(config.model).model, result.folder / "adapter").eval()
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, result.model.eval()(input_ids=ids).logits)
+        assert not torch.equal(model(input_ids=ids).logits, load(config.model).model(input_ids=ids).logits)
+
+
 def test_lora_with_dropout_on_stacked_experts_is_refused(configure: Configure, console: Console) -> None:
     with pytest.raises(ConfigError, match=r"lora_dropout: got 0\.1, but PEFT needs 0"):
         train(configure(method="lora", lora_dropout=0.1), console=console)
@@ -165,7 +182,7 @@ def test_a_limit_keeps_the_newest_checkpoints(configure: Configure, console: Con
     }
 
 
-@pytest.mark.parametrize("method", ["esft", "lora", "full"])
+@pytest.mark.parametrize("method", ["esft", "expert_lora", "lora", "full"])
 def test_a_run_killed_with_sigkill_and_resumed_gives_the_same_bits(
     method: str, configure: Configure, console: Console
 ) -> None:
@@ -195,7 +212,7 @@ def rows_of(folder: Path) -> list[dict[str, float]]:
     return [row for row in rows if "loss" in row]
 
 
-@pytest.mark.parametrize("method", ["esft", "lora", "full"])
+@pytest.mark.parametrize("method", ["esft", "expert_lora", "lora", "full"])
 def test_a_padding_free_run_has_the_losses_of_a_padded_one(
     method: str, configure: Configure, console: Console, records: Path
 ) -> None:

@@ -33,7 +33,7 @@ def grouped_matmul(rows_PI: Tensor, weight_GIO: Tensor, bounds: Sequence[int], o
         return product_PO if out_PO is None else out_PO.copy_(product_PO)
     if out_PO is None:
         out_PO = rows_PI.new_empty(rows_PI.shape[0], weight_GIO.shape[2])
-    most_rows = None if rows_PI.dtype in (torch.float32, torch.float64) else CPU_MOST_ROWS
+    most_rows = CPU_MOST_ROWS if rows_PI.dtype.itemsize < 4 else None
     for group, (first, last) in _filled(bounds, most_rows):
         torch.mm(rows_PI[first:last], weight_GIO[group], out=out_PO[first:last])
     return out_PO

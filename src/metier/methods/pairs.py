@@ -80,7 +80,7 @@ def order_pairs(expert_ids_TK: Tensor, virtual_ids_TK: Tensor, *, num_virtual: i
 
 def block_rows(device: torch.device, dtype: torch.dtype) -> int:
     """How many rows `order_pairs` should fill a block up to, for products on `device` in `dtype`."""
-    return CPU_BLOCK if device.type == "cpu" and dtype != torch.float32 else 1
+    return CPU_BLOCK if device.type == "cpu" and dtype.itemsize < 4 else 1
 
 
 def segments(bounds: Sequence[int], device: torch.device) -> Iterator[tuple[int, int]]:

@@ -22,6 +22,7 @@ class MetierPeftType(StrEnum):
     """The `peft_type` of our methods, as it stands in `adapter_config.json`."""
 
     ESFT = "ESFT"
+    EXPERT_LORA = "EXPERT_LORA"
 
 
 def register(peft_type: MetierPeftType, config_class: type[PeftConfig], tuner_class: type[BaseTuner]) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -82,13 +82,35 @@ def virtual_experts(
         (T, D) in the dtype of `hidden_TD`.
     """
     flat = tuple(tensor for delta in deltas for tensor in delta.tensors())
-    layer = _Layer(base, activation, is_transposed)
+    layer = ExpertsLayer(base, activation, is_transposed)
     out_TD: Tensor = _VirtualExperts.apply(hidden_TD, routing_weights_TK, (expert_ids_TK, virtual_ids_TK), layer, *flat)
     return out_TD
 
 
+class LowRank(Protocol):
+    """What a bank adds to its weights, group by group, without forming their sum (`low_rank.py`).
+
+    Each method gets the rows of the groups `first` to `last - 1`, and writes into its last argument or keeps
+    gradients to itself.
+    """
+
+    def add_up(self, first: int, last: int, rows_PD: Tensor, up_PU: Tensor) -> None: ...
+
+    def add_down(self, first: int, last: int, inner_PF: Tensor, out_PD: Tensor) -> None: ...
+
+    def add_inner_gradient(self, first: int, last: int, grad_PD: Tensor, grad_inner_PF: Tensor) -> None: ...
+
+    def add_row_gradient(self, first: int, last: int, grad_up_PU: Tensor, grad_rows_PD: Tensor) -> None: ...
+
+    def keep_gradients(
+        self, first: int, last: int, rows_PD: Tensor, grad_up_PU: Tensor, inner_PF: Tensor, grad_PD: Tensor
+    ) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class ExpertsLayer:
+    """What all banks of a layer have in common, and the base."""
+
     base: ExpertBank
     activation: Activation
     is_transposed: bool
@@ -118,7 +140,7 @@ class _VirtualExperts(torch.autograd.Function):
         hidden_TD: Tensor,
         weights_TK: Tensor,
         ids_TK: tuple[Tensor, Tensor],
-        layer: _Layer,
+        layer: ExpertsLayer,
         *flat: Tensor | None,
     ) -> Tensor:
         dtype, device = layer.base.up.dtype, hidden_TD.device
@@ -134,7 +156,7 @@ class _VirtualExperts(torch.autograd.Function):
             for number, (bank, bounds) in enumerate(zip(banks, layer.bounds(order, banks), strict=True)):
                 is_trained = number > 0 and any(wants_flat[4 * number - 4 : 4 * number])
                 keeps = wants_rows or is_trained
-                kept.append(_bank_forward(layer, bank, bounds, order, inputs_TD, out_PD, keeps=keeps))
+                kept.append(bank_forward(layer, bank, bounds, order, inputs_TD, out_PD, keeps=keeps))
             out_TD = hidden_TD.new_empty(hidden_TD.shape)
             for part in token_chunks(len(out_TD), device):
                 out_TD[part] = (out_PD[order.row_TK[part]] * weights_TK[part].unsqueeze(-1)).sum(1)
@@ -152,7 +174,7 @@ class _VirtualExperts(torch.autograd.Function):
         kept, flat = saved[:num_banks], tuple(saved[num_banks:])
         with torch.autocast(grad_TD.device.type, enabled=False):
             banks = [layer.base, *(delta.to(dtype) for delta in _unflatten(flat))]
-            back = _Backward(layer, order, grad_TD.to(dtype), order.spread(weights_TK), wants_hidden)
+            back = ExpertsBackward(layer, order, grad_TD.to(dtype), order.spread(weights_TK), wants_hidden)
             grads_flat: list[Tensor | None] = []
             for number, (bank, bounds) in enumerate(zip(banks, layer.bounds(order, banks), strict=True)):
                 wanted = wants_flat[4 * number - 4 : 4 * number] if number else [False] * 4
@@ -169,8 +191,8 @@ class _VirtualExperts(torch.autograd.Function):
         return grad_hidden_TD, grad_weights_TK, None, None, *grads_flat
 
 
-def _bank_forward(
-    layer: _Layer,
+def bank_forward(
+    layer: ExpertsLayer,
     bank: ExpertBank,
     bounds: tuple[int, ...],
     order: PairOrder,
@@ -178,6 +200,7 @@ def _bank_forward(
     out_PD: Tensor,
     *,
     keeps: bool,
+    low_rank: LowRank | None = None,
 ) -> Tensor | None:
     """One bank's rows through its experts, written to their place in `out_PD`; returns the up projection's output."""
     up_EDU, down_EFD = layer.up(bank), layer.down(bank)
@@ -189,18 +212,22 @@ def _bank_forward(
         up_PU = grouped_matmul(rows_PD, up_EDU[first:last], cut, place_PU)
         if bank.up_bias is not None:
             up_PU.add_(grouped_repeat(bank.up_bias[first:last], cut))
-        place_PD = out_PD[cut[0] : cut[-1]]
-        grouped_matmul(layer.activation(up_PU), down_EFD[first:last], cut, place_PD)
+        if low_rank is not None:
+            low_rank.add_up(first, last, rows_PD, up_PU)
+        place_PD, inner_PF = out_PD[cut[0] : cut[-1]], layer.activation(up_PU)
+        grouped_matmul(inner_PF, down_EFD[first:last], cut, place_PD)
+        if low_rank is not None:
+            low_rank.add_down(first, last, inner_PF, place_PD)
         if bank.down_bias is not None:
             place_PD.add_(grouped_repeat(bank.down_bias[first:last], cut))
     return kept_PU
 
 
-class _Backward:
+class ExpertsBackward:
     """The backward pass of one layer, bank by bank; collects the gradients of the rows and of the routing weights."""
 
     def __init__(
-        self, layer: _Layer, order: PairOrder, grad_TD: Tensor, routing_weight_P: Tensor, wants_hidden: bool
+        self, layer: ExpertsLayer, order: PairOrder, grad_TD: Tensor, routing_weight_P: Tensor, wants_hidden: bool
     ) -> None:
         self.layer, self.order, self.grad_TD, self.routing_weight_P = layer, order, grad_TD, routing_weight_P
         self.weight_P = torch.zeros_like(routing_weight_P)
@@ -213,6 +240,7 @@ class _Backward:
         kept_PU: Tensor,
         inputs_TD: Tensor | None,
         grads: list[Tensor | None],
+        low_rank: LowRank | None = None,
     ) -> None:
         """Write one bank's part; `grads` are places for those of `up, down, up_bias, down_bias` that are wanted.
 
@@ -225,6 +253,8 @@ class _Backward:
             part, token_P = slice(cut[0], cut[-1]), self.order.token_P[cut[0] : cut[-1]]
             grad_PD = self.grad_TD[token_P]
             grad_inner_PF = grouped_matmul(grad_PD, down_EFD[first:last].mT, cut)
+            if low_rank is not None:
+                low_rank.add_inner_gradient(first, last, grad_PD, grad_inner_PF)
             with torch.enable_grad():
                 up_PU = kept_PU[cut[0] - bounds[0] : cut[-1] - bounds[0]].detach().requires_grad_()
                 inner_PF = self.layer.activation(up_PU)
@@ -237,6 +267,12 @@ class _Backward:
             (grad_up_PU,) = torch.autograd.grad(inner_PF, up_PU, grad_inner_PF.mul_(weight_P1))
             if self.rows_PD is not None:
                 grouped_matmul(grad_up_PU, up_EDU[first:last].mT, cut, self.rows_PD[part])
+                if low_rank is not None:
+                    low_rank.add_row_gradient(first, last, grad_up_PU, self.rows_PD[part])
+            if low_rank is not None and inputs_TD is not None:
+                low_rank.keep_gradients(
+                    first, last, inputs_TD[token_P], grad_up_PU, inner_PF.detach(), grad_PD * weight_P1
+                )
             places = [None if grad is None else grad[first:last] for grad in grads]
             if places[0] is not None:
                 assert inputs_TD is not None, "a trained bank's forward pass keeps the layer's input"

@@ -14,10 +14,11 @@ _COLORS = {
     "base": "#5b6470",
     "esft": "#0b5cad",
     "full": "#a8410b",
+    "expert_lora": "#8a6100",
     "lora": "#0a6e5c",
     "random": "#7a3fa0",
 }
-_MORE_COLORS = ("#8a6100", "#b0246b", "#3f6212", "#444cc0")
+_MORE_COLORS = ("#b0246b", "#3f6212", "#444cc0")
 
 
 def color_of(name: str, names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ METHOD_TITLES: Mapping[str, str] = {
     "base": "Base model",
     "esft": "ESFT",
     "full": "Full fine-tuning",
+    "expert_lora": "LoRA, selected experts",
     "lora": "LoRA, all experts",
     "random": "Random experts",
 }

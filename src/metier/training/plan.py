@@ -127,4 +127,5 @@ def _what(key: str, num_trained: int, method: str, selection: ExpertSelection | 
     assert selection is not None
     ids = selection.experts[int(key)]
     total = f" of {selection.num_experts}" if selection.num_experts else ""
-    return f"{len(ids)}{total} experts: {', '.join(map(str, ids))}"
+    prefix = "LoRA on " if method == "expert_lora" else ""
+    return f"{prefix}{len(ids)}{total} experts: {', '.join(map(str, ids))}"

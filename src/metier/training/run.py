@@ -27,7 +27,7 @@ from metier.training.checkpoints import MarkCheckpoints, find_checkpoint
 from metier.training.folder import RunFolder, open_folder
 from metier.training.plan import TrainingPlan, training_plan
 from metier.training.trainer import make_trainer
-from metier.training.wrapping import wrap
+from metier.training.wrapping import selects_experts, wrap
 
 WORTH_TELLING = 0.2
 """Share of padding in a batch from which a run says so."""
@@ -76,7 +76,9 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
     eval_items = None
     if config.eval_dataset is not None:
         eval_items = _encode(load_records(config.eval_dataset), loaded.tokenizer, config, console)
-    selection = _selection(loaded.model, loaded.tokenizer, records, config, folder) if config.method == "esft" else None
+    selection = None
+    if selects_experts(config):
+        selection = _selection(loaded.model, loaded.tokenizer, records, config, folder)
     set_seed(config.seed)
     model = wrap(loaded.model, config, selection)
     plan = training_plan(model, method=config.method, selection=selection)
@@ -154,7 +156,7 @@ def _selection(
 
 
 def _save(model: PreTrainedModel | peft.PeftModel, tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> None:
-    """ESFT's delta in the base's dtype, a baseline's as its library writes it (full fine-tuning: the whole model)."""
+    """ESFT's delta in the base's dtype, another adapter as PEFT writes it, and full fine-tuning's whole model."""
     if isinstance(model, peft.PeftModel) and model.peft_config["default"].peft_type == "ESFT":
         save_delta(model, folder.adapter)
         return

@@ -1,4 +1,4 @@
-"""Put the configured method on a model: ESFT's selected experts, or a baseline to compare it with."""
+"""Put the configured method on a model: selected experts, a LoRA on them, or a baseline to compare with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from metier.config import RunConfig
 from metier.errors import ConfigError
 from metier.methods.esft import EsftConfig
+from metier.methods.expert_lora import ExpertLoraConfig
 from metier.models.moe import moe_layers
 from metier.routing.selection import ExpertSelection
 
@@ -26,8 +27,16 @@ def wrap(
         return model.float().requires_grad_(True)
     if config.method == "lora":
         return peft.get_peft_model(model, _lora_on_all_experts(model, config))
-    assert selection is not None, "an ESFT run selects before it wraps"
+    assert selection is not None, "a run on selected experts selects before it wraps"
+    if config.method == "expert_lora":
+        options = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+        return peft.get_peft_model(model, ExpertLoraConfig.from_selection(selection, **options))
     return peft.get_peft_model(model, EsftConfig.from_selection(selection))
+
+
+def selects_experts(config: RunConfig) -> bool:
+    """Whether the run's method trains selected experts, so that it needs a selection."""
+    return config.method in ("esft", "expert_lora")
 
 
 def _lora_on_all_experts(model: PreTrainedModel, config: RunConfig) -> peft.LoraConfig:
