@@ -29,20 +29,17 @@ BATCH, LENGTH, VOCAB, LAYERS, EXPERTS_TRAINED = 4, 512, 6288, 2, 6
 WARMUP, STEPS = 3, 5
 
 
-def build(side: str):
-    """The side's model, wanting gradients where the method trains."""
-    import peft
+def olmoe(layers: int, backend: str):
+    """A random OLMoE-shaped model in bf16, its router spread out as a trained one's is."""
     import torch
     from transformers import AutoModelForCausalLM, OlmoeConfig
-
-    from metier.methods.esft import EsftConfig
 
     torch.manual_seed(0)
     config = OlmoeConfig(
         vocab_size=VOCAB,
         hidden_size=1024,
         intermediate_size=512,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=8,
         num_experts=64,
@@ -54,10 +51,20 @@ def build(side: str):
         for name, parameter in model.named_parameters():
             if name.endswith("mlp.gate.weight"):
                 parameter.normal_(std=0.1)
+    model.set_experts_implementation(backend)
+    return model
+
+
+def build(side: str):
+    """The side's model, wanting gradients where the method trains."""
+    import peft
+
+    from metier.methods.esft import EsftConfig
+
     method, _, backend = side.partition(" ")
-    model.set_experts_implementation(backend or "grouped_mm")
+    model = olmoe(LAYERS, backend or "grouped_mm")
     if method == "esft":
-        model = peft.get_peft_model(model, EsftConfig(experts=busiest(model)))
+        model = peft.get_peft_model(model, EsftConfig(experts=busiest(model, EXPERTS_TRAINED)))
     elif method == "lora":
         names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         model = peft.get_peft_model(
@@ -66,8 +73,8 @@ def build(side: str):
     return model.train()
 
 
-def busiest(model) -> dict[int, list[int]]:
-    """The six experts of each layer that get most tokens of the batch: what a selection would pick."""
+def busiest(model, num_experts: int) -> dict[int, list[int]]:
+    """The experts of each layer that get most tokens of the batch: what a selection would pick."""
     import torch
 
     from metier.models.moe import moe_layers
@@ -76,7 +83,7 @@ def busiest(model) -> dict[int, list[int]]:
     for layer in moe_layers(model):
 
         def record(module, inputs, *, index=layer.index, num=layer.num_experts):
-            chosen[index] = torch.bincount(inputs[1].flatten(), minlength=num).topk(EXPERTS_TRAINED).indices.tolist()
+            chosen[index] = torch.bincount(inputs[1].flatten(), minlength=num).topk(num_experts).indices.tolist()
 
         handles.append(layer.entry.register_forward_pre_hook(record))
     with torch.no_grad():
