@@ -36,6 +36,14 @@ class Score(StrEnum):
 
     gate = "gate"
     token = "token"
+    output_norm = "output_norm"
+
+
+class Scale(StrEnum):
+    """Whether a layer's scores sum to 1, or are the mean a token."""
+
+    normalised = "normalised"
+    raw = "raw"
 
 
 def main() -> None:
@@ -83,11 +91,16 @@ def profile(
     max_length: Annotated[int, typer.Option(help="Tokens in one packed sequence.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Sequences at once.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    output_norms: Annotated[bool, typer.Option(help="Measure the experts' outputs too; runs them twice.")] = False,
+    until_stable: Annotated[
+        bool, typer.Option(help="Stop when both halves select the same experts (token scores, top_p 0.2).")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure which experts a task uses."""
     from metier.data.records import load_records
     from metier.models.load import load
+    from metier.routing.profile import StabilityConfig
     from metier.routing.profile import profile as profile_routing
 
     records = load_records(dataset, split=split)
@@ -100,6 +113,8 @@ def profile(
         max_length=max_length,
         batch_size=batch_size,
         seed=seed,
+        output_norms=output_norms,
+        until_stable=StabilityConfig() if until_stable else None,
     )
     result.save(output)
     typer.echo(f"Profiled {sum(result.num_tokens_H):,} tokens in {len(result.layer_ids)} MoE layers: {output}")
@@ -109,15 +124,42 @@ def profile(
 def select(
     profile: Annotated[Path, typer.Argument(help="The folder that `metier profile` wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The selection's file.")] = Path("selection.json"),
-    score: Annotated[Score, typer.Option(help="Measure by gates' mass or by routed tokens.")] = Score.token,
-    top_p: Annotated[float, typer.Option(help="Share of a layer's score to cover, in (0, 1].")] = 0.2,
+    score: Annotated[Score, typer.Option(help="Measure by gates' mass, routed tokens or outputs.")] = Score.token,
+    scale: Annotated[Scale, typer.Option(help="Scores that sum to 1, or the paper's raw ones.")] = Scale.normalised,
+    top_p: Annotated[float | None, typer.Option(help="Cover this share of each layer's score; else 0.2.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Take so many experts in each layer.")] = None,
+    top_fraction: Annotated[float | None, typer.Option(help="Take this share of each layer's experts.")] = None,
+    budget_bytes: Annotated[int | None, typer.Option(help="Take experts of so many bytes in all.")] = None,
+    general: Annotated[Path | None, typer.Option(help="A general profile, whose scores are subtracted.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model, whose expert sizes a budget needs.")] = None,
 ) -> None:
     """Choose the experts to train from a profile."""
     from metier.routing.profile import RoutingProfile
-    from metier.routing.selection import SelectionConfig
+    from metier.routing.selection import SelectionConfig, expert_bytes
     from metier.routing.selection import select as select_experts
 
-    selection = select_experts(RoutingProfile.load(profile), SelectionConfig(score=score.value, top_p=top_p))
+    if top_p is top_k is top_fraction is budget_bytes is None:
+        top_p = 0.2
+    config = SelectionConfig(
+        score=score.value,
+        scale=scale.value,
+        top_p=top_p,
+        top_k=top_k,
+        top_fraction=top_fraction,
+        budget_bytes=budget_bytes,
+        minus_general=general is not None,
+    )
+    sizes = None
+    if model is not None:
+        from metier.models.load import load
+
+        sizes = expert_bytes(load(model).model)
+    selection = select_experts(
+        RoutingProfile.load(profile),
+        config,
+        general=None if general is None else RoutingProfile.load(general),
+        expert_bytes=sizes,
+    )
     selection.save(output)
     num_experts = sum(len(experts) for experts in selection.experts.values())
     typer.echo(f"Selected {num_experts} experts in {len(selection.experts)} layers: {output}")

@@ -47,14 +47,28 @@ class RunConfig:
 
     selection: str | None = None
     """A selection.json with the experts to train; without it the run profiles the data and selects."""
-    score: Literal["gate", "token"] = "token"
-    """How an expert's relevance is measured: by its share of the gates' mass, or of the routed tokens."""
-    top_p: float = 0.2
-    """Share of each layer's score that the selected experts must cover, in (0, 1]."""
+    score: Literal["gate", "token", "output_norm"] = "token"
+    """How an expert's relevance is measured: by its share of gate mass, of routed tokens, or of the outputs' norms."""
+    score_scale: Literal["normalised", "raw"] = "normalised"
+    """Whether a layer's scores sum to 1, or are the mean a token, as the paper has its gate scores."""
+    minus_general: bool = False
+    """Rank experts by the task's scores minus those of `general_dataset`, which is profiled too."""
+    top_p: float | None = None
+    """Select experts until they cover this share of each layer's score, in (0, 1]; 0.2 where no policy is named."""
+    select_top_k: int | None = None
+    """Select so many experts in each layer instead."""
+    select_top_fraction: float | None = None
+    """Select this share of each layer's experts instead, in (0, 1], rounded up."""
+    select_budget_bytes: int | None = None
+    """Select the experts with most score a byte over all layers instead, as long as they fit into so many bytes."""
     profile_tokens: int = 131_072
-    """Tokens of the training data that are profiled; the paper finds 2^17 enough."""
+    """Tokens of the training data that are profiled at most; the paper finds 2^17 enough."""
+    profile_until_stable: bool = False
+    """Stop profiling as soon as both halves of the data select the same experts."""
+    stability_threshold: float = 0.9
+    """Agreement of the halves, Jaccard, that the lower end of its 95% interval must reach to stop, in (0, 1]."""
     lora_r: int = 8
-    """Rank of a LoRA."""
+    """Rank of a LoRA's changes."""
     lora_alpha: float = 16.0
     """Scale of a LoRA; its change is multiplied by lora_alpha / lora_r."""
     lora_dropout: float = 0.0
@@ -110,7 +124,18 @@ class RunConfig:
             _require(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
         for name in ("learning_rate", "num_train_epochs", "lora_alpha", "general_ratio"):
             _require(getattr(self, name) > 0, name, "be greater than 0", getattr(self, name))
-        _require(0 < self.top_p <= 1, "top_p", "be in (0, 1]", self.top_p)
+        for name in ("top_p", "select_top_fraction", "stability_threshold"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value <= 1, name, "be in (0, 1]", value)
+        policies = {name: value for name in _POLICIES if (value := getattr(self, name)) is not None}
+        _require(len(policies) <= 1, ", ".join(_POLICIES), "have one value among them at most", policies)
+        made_by = [*policies, *(n for n in ("minus_general", "profile_until_stable") if getattr(self, n))]
+        if self.selection is not None and made_by:
+            raise ConfigError(
+                f"selection names the experts already, so {', '.join(made_by)} would be ignored. Leave one side out."
+            )
+        if self.minus_general and self.general_dataset is None:
+            raise ConfigError("minus_general needs general_dataset, whose scores are subtracted. Name one.")
         _require(self.lora_dropout < 1, "lora_dropout", "be less than 1", self.lora_dropout)
 
     def to_yaml(self) -> str:
@@ -118,8 +143,11 @@ class RunConfig:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
 
 
+_POLICIES = ("top_p", "select_top_k", "select_top_fraction", "select_budget_bytes")
 _AT_LEAST_ONE = (
     "profile_tokens",
+    "select_top_k",
+    "select_budget_bytes",
     "lora_r",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",

@@ -98,3 +98,32 @@ def test_evaluating_puts_every_flag_back_even_after_an_error() -> None:
         fail_while_evaluating(model)
     assert (model.training, model[0].training, model[1].training) == (True, True, False)
     assert torch.is_grad_enabled()
+
+
+class Doubling(nn.Module):
+    """Expert e multiplies its input by e + 1; adds up the slots as the contract has it."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        factors_TK = top_k_weights * (top_k_index + 1)
+        return hidden_states * factors_TK.sum(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("in_chunks", [False, True])
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_output_norms_are_measured_from_the_same_call(in_chunks: bool, by_keyword: bool) -> None:
+    experts = Doubling()
+    counter = RoutingCounter(num_layers=1, num_experts=3, with_output_norms=True)
+    layer = SimpleNamespace(entry=experts, path="layers.0.experts", num_experts=3)
+    capture = RoutingCapture([layer], counter, with_output_norms=True)  # type: ignore[list-item]
+    hidden_TD = torch.tensor([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]])  # norms 5, 2, 1
+    with capture.watch(), capture.batch(HALF_T):
+        for part in (slice(0, 2), slice(2, 3)) if in_chunks else (slice(0, 3),):
+            if by_keyword:
+                experts(top_k_index=IDS_TK[part], top_k_weights=WEIGHTS_TK[part], hidden_states=hidden_TD[part])
+            else:
+                experts(hidden_TD[part], IDS_TK[part], WEIGHTS_TK[part])
+    norm_HLE = counter.output_norm_GLE()
+    assert norm_HLE is not None
+    # token 0: 5 * (0.5 * 1) and 5 * (0.25 * 3); token 1: 2 * (0.5 * 2) and 2 * (0.5 * 3); token 2: 3 and 0.125
+    assert norm_HLE.tolist() == [[[2.5, 0, 3.75]], [[0.125, 2, 6]]]
+    check(counter)

@@ -74,3 +74,32 @@ def test_nothing_counted_is_zeros() -> None:
     counter = RoutingCounter(num_layers=2, num_experts=3)
     assert counter.token_counts_HLE().shape == counter.gate_mass_HLE().shape == (2, 2, 3)
     assert not counter.token_counts_HLE().any()
+
+
+def test_groups_are_counted_apart_and_even_ones_make_the_first_half() -> None:
+    generator = torch.Generator().manual_seed(3)
+    ids_TK = torch.randint(5, (200, 2), generator=generator)
+    weights_TK, norms_TK = torch.rand(2, 200, 2, generator=generator)
+    group_T = torch.randint(6, (200,), generator=generator)
+    counter = RoutingCounter(num_layers=1, num_experts=4, num_groups=6, with_output_norms=True)
+    counter.add(0, ids_TK, weights_TK, group_T, norms_TK)
+    halves = RoutingCounter(num_layers=1, num_experts=4)
+    halves.add(0, ids_TK, weights_TK, group_T % 2)
+    assert torch.equal(counter.token_counts_HLE(), halves.token_counts_HLE())
+    assert torch.equal(counter.gate_mass_HLE(), halves.gate_mass_HLE())
+    norm_GLE = counter.output_norm_GLE()
+    assert norm_GLE is not None
+    for group in range(6):
+        mine = group_T == group
+        counts_HE, mass_HE = by_loops(ids_TK[mine], weights_TK[mine], torch.zeros(int(mine.sum())).long(), 4)
+        _, norm_HE = by_loops(ids_TK[mine], norms_TK[mine], torch.zeros(int(mine.sum())).long(), 4)
+        assert torch.equal(counter.token_counts_GLE()[group, 0], counts_HE[0])
+        torch.testing.assert_close(counter.gate_mass_GLE()[group, 0], mass_HE[0], rtol=0, atol=400 * STEP / 2)
+        torch.testing.assert_close(norm_GLE[group, 0], norm_HE[0], rtol=0, atol=400 * STEP / 2)
+
+
+def test_norms_are_there_only_where_they_are_counted() -> None:
+    assert RoutingCounter(num_layers=1, num_experts=3).output_norm_GLE() is None
+    counter = RoutingCounter(num_layers=1, num_experts=3, with_output_norms=True)
+    with pytest.raises(AssertionError, match="output norms are counted always or never"):
+        counter.add(0, torch.zeros(1, 1).long(), torch.ones(1, 1), torch.zeros(1).long())

@@ -18,15 +18,23 @@ from torch import Tensor, nn
 from metier.errors import UnsupportedModelError
 from metier.models.moe import MoELayer
 from metier.routing.counter import RoutingCounter
+from metier.routing.output_norms import output_norms_TK
 
 
 class RoutingCapture:
-    """Counts every forward pass between `watch` and its end; see `watch`."""
+    """Counts every forward pass between `watch` and its end; see `watch`.
 
-    def __init__(self, layers: Sequence[MoELayer], counter: RoutingCounter) -> None:
+    Args:
+        layers: the layers to watch; their order is that of the counter's positions.
+        counter: where the counts go.
+        with_output_norms: measure the norms of the experts' outputs too, which runs the experts once more.
+    """
+
+    def __init__(self, layers: Sequence[MoELayer], counter: RoutingCounter, *, with_output_norms: bool = False) -> None:
         self._layers = layers
         self._counter = counter
-        self._half_T = torch.zeros(0, dtype=torch.int64)
+        self._with_output_norms = with_output_norms
+        self._group_T = torch.zeros(0, dtype=torch.int64)
         self._seen = [0] * len(layers)
 
     @contextmanager
@@ -43,19 +51,19 @@ class RoutingCapture:
                 handle.remove()
 
     @contextmanager
-    def batch(self, half_T: Tensor) -> Iterator[None]:
-        """One forward pass over tokens whose sequences belong to these halves (0 or 1).
+    def batch(self, group_T: Tensor) -> Iterator[None]:
+        """One forward pass over tokens whose sequences belong to these groups of the counter.
 
         Raises:
             UnsupportedModelError: a layer's experts were not called on exactly these tokens.
         """
-        self._half_T = half_T
+        self._group_T = group_T
         self._seen = [0] * len(self._layers)
         yield
         for layer, seen in zip(self._layers, self._seen, strict=True):
-            if seen != half_T.numel():
+            if seen != group_T.numel():
                 raise UnsupportedModelError(
-                    f"{layer.path}: the experts received {seen} tokens in a batch of {half_T.numel()}.\n"
+                    f"{layer.path}: the experts received {seen} tokens in a batch of {group_T.numel()}.\n"
                     f"metier counts routing only where each token passes a layer's experts exactly once."
                 )
 
@@ -64,11 +72,23 @@ class RoutingCapture:
             expert_ids_TK: Tensor = args[1] if len(args) > 1 else kwargs["top_k_index"]
             routing_weights_TK: Tensor = args[2] if len(args) > 2 else kwargs["top_k_weights"]
             expert_ids_TK = expert_ids_TK.reshape(-1, expert_ids_TK.shape[-1])
+            routing_weights_TK = routing_weights_TK.reshape_as(expert_ids_TK)
             start = self._seen[position]
             self._seen[position] = start + expert_ids_TK.shape[0]
-            half_T = self._half_T[start : self._seen[position]]
-            if half_T.shape[0] == expert_ids_TK.shape[0]:  # else `batch` reports it
-                self._counter.add(position, expert_ids_TK, routing_weights_TK.reshape_as(expert_ids_TK), half_T)
+            group_T = self._group_T[start : self._seen[position]]
+            if group_T.shape[0] != expert_ids_TK.shape[0]:
+                return  # `batch` reports it
+            norms_TK = None
+            if self._with_output_norms:
+                hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
+                norms_TK = output_norms_TK(
+                    module,
+                    hidden_states.reshape(-1, hidden_states.shape[-1]),
+                    expert_ids_TK,
+                    routing_weights_TK,
+                    num_experts=self._layers[position].num_experts,
+                )
+            self._counter.add(position, expert_ids_TK, routing_weights_TK, group_T, norms_TK)
 
         return count
 

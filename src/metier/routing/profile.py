@@ -4,31 +4,34 @@
 routing log that somebody else wrote. Both count with the same `RoutingCounter`.
 """
 
-# L MoE layers, T tokens, K top_k, N sequences, B sequences a batch, S sequence_length
+# L MoE layers, T tokens, K top_k, N sequences, S sequence_length
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from metier import __version__
 from metier.data.pack import pack
-from metier.errors import ConfigError, DataError, UnsupportedModelError
-from metier.models.fingerprint import fingerprint
-from metier.models.moe import MoELayer, moe_layers
-from metier.models.unwrap import bare_model
-from metier.routing.capture import RoutingCapture, evaluating
+from metier.errors import ConfigError, DataError
 from metier.routing.counter import RoutingCounter
+from metier.routing.measure import count_sequences
 from metier.routing.routing_profile import PAPER_SELECTION, RoutingProfile, UnreliableProfileWarning
+from metier.routing.stability import StabilityConfig
 
 if TYPE_CHECKING:
     from metier.data.records import Record
 
-__all__ = ["RoutingProfile", "UnreliableProfileWarning", "count_sequences", "profile", "profile_routing"]
+__all__ = [
+    "RoutingProfile",
+    "StabilityConfig",
+    "UnreliableProfileWarning",
+    "count_sequences",
+    "profile",
+    "profile_routing",
+]
 
 _SHORTEST_SEQUENCE = 8
 
@@ -42,6 +45,8 @@ def profile(
     max_length: int = 1024,
     batch_size: int = 4,
     seed: int = 0,
+    output_norms: bool = False,
+    until_stable: StabilityConfig | None = None,
 ) -> RoutingProfile:
     """Count, by layer and expert, what the router chooses on `records`, and how strongly.
 
@@ -57,18 +62,25 @@ def profile(
         max_length: tokens a sequence.
         batch_size: sequences a forward pass; changes the speed only.
         seed: of the shuffling.
+        output_norms: measure what the score "output_norm" needs too. The experts then run twice, so a profile
+            takes longer by their part of a forward pass.
+        until_stable: stop before `num_tokens` as soon as the selection is stable: the lower end of the
+            interval of split-half agreement reaches the threshold. It is looked at after 16 sequences, 32, 64
+            and so on, so `max_length` decides how early. None measures all `num_tokens`.
 
     Returns:
         A profile; even and odd sequences are kept apart in it. Fewer tokens than asked for where the data is
-        short.
+        short, or where the selection was stable before: `meta["stable_after_tokens"]` says after how many
+        tokens, or "never", and `meta["split_half_interval"]` how stable.
 
     Warns:
         UnreliableProfileWarning: the two halves of the data select different experts with the paper's setting
-            (token scores, top_p=0.2).
+            (token scores, top_p=0.2); or, with `until_stable`, its selection was never stable.
 
     Raises:
         UnsupportedModelError: the model has no MoE layer that follows the contract, or calls it in another
             way.
+        ConfigError: a size below 1, or `until_stable` selects by output norms, which are not measured.
         DataError: there are too few tokens to measure two sequences.
 
     Paper: ESFT, arXiv:2407.01906, section 3 and appendix C ("32 concatenated samples, each L=4096").
@@ -77,49 +89,13 @@ def profile(
         if value < 1:
             raise ConfigError(f"{name}: got {value}, expected at least 1.")
     sequences_NS = _full_sequences(records, tokenizer, num_tokens=num_tokens, max_length=max_length, seed=seed)
-    measured = count_sequences(model, sequences_NS, batch_size=batch_size)
-    measured.meta.update(num_records=str(len(records)), seed=str(seed))
-    measured.warn_if_unreliable(PAPER_SELECTION)
-    return measured
-
-
-def count_sequences(model: nn.Module, sequences_NS: Tensor, *, batch_size: int) -> RoutingProfile:
-    """The profile of ready sequences of token ids.
-
-    Args:
-        model: a transformers MoE model, bare or wrapped by PEFT.
-        sequences_NS: token ids without padding, int64, (num_sequences, sequence_length).
-        batch_size: sequences a forward pass.
-
-    Raises:
-        UnsupportedModelError: as `profile`.
-    """
-    layers = moe_layers(model)
-    num_experts, top_k = _uniform(layers, "num_experts"), _uniform(layers, "top_k")
-    counter = RoutingCounter(num_layers=len(layers), num_experts=num_experts)
-    capture = RoutingCapture(layers, counter)
-    device = next(model.parameters()).device
-    # the logits of every position would be the largest tensor of the pass, and nobody looks at them
-    accepted = inspect.signature(bare_model(model).forward).parameters
-    extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    num_sequences, sequence_length = sequences_NS.shape
-    half_N = torch.arange(num_sequences) % 2
-    with evaluating(model), capture.watch():
-        for start in range(0, num_sequences, batch_size):
-            ids_BS = sequences_NS[start : start + batch_size].to(device)
-            half_T = half_N[start : start + batch_size].repeat_interleave(sequence_length).to(device)
-            with capture.batch(half_T):
-                model(input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), use_cache=False, **extra)
-    num_even = (num_sequences + 1) // 2
-    return RoutingProfile(
-        layer_ids=tuple(layer.index for layer in layers),
-        num_experts=num_experts,
-        top_k=top_k,
-        token_counts_HLE=counter.token_counts_HLE(),
-        gate_mass_HLE=counter.gate_mass_HLE(),
-        num_tokens_H=(num_even * sequence_length, (num_sequences - num_even) * sequence_length),
-        meta=_describe(model, sequence_length=sequence_length),
+    measured = count_sequences(
+        model, sequences_NS, batch_size=batch_size, output_norms=output_norms, until_stable=until_stable
     )
+    measured.meta.update(num_records=str(len(records)), seed=str(seed))
+    if until_stable is None:
+        measured.warn_if_unreliable(PAPER_SELECTION)
+    return measured
 
 
 def profile_routing(
@@ -183,29 +159,3 @@ def _full_sequences(
         f"not fill two sequences of {_SHORTEST_SEQUENCE} tokens.\n"
         f"A profile needs two halves to be compared; give more records."
     )
-
-
-def _uniform(layers: Sequence[MoELayer], name: str) -> int:
-    values = {getattr(layer, name): layer for layer in layers}
-    if len(values) > 1:
-        first, second, *_ = values.items()
-        raise UnsupportedModelError(
-            f"{second[1].path}: got {name}={second[0]}, but {first[1].path} has {name}={first[0]}.\n"
-            f"A profile is one table and needs the same {name} in all layers."
-        )
-    return int(next(iter(values)))
-
-
-def _describe(model: nn.Module, *, sequence_length: int) -> dict[str, str]:
-    bare = bare_model(model)
-    config = getattr(bare, "config", None)
-    adapters = getattr(model, "active_adapters", []) if bare is not model else []
-    return {
-        "model": getattr(config, "_name_or_path", "") or type(bare).__name__,
-        "model_type": str(getattr(config, "model_type", type(bare).__name__)),
-        "fingerprint": fingerprint(model),
-        "adapter": ", ".join(adapters) or "none",
-        "dtype": str(next(bare.parameters()).dtype).removeprefix("torch."),
-        "sequence_length": str(sequence_length),
-        "metier": __version__,
-    }

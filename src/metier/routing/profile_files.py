@@ -20,6 +20,7 @@ from metier.errors import DataError
 TENSORS_FILE = "profile.safetensors"
 DESCRIPTION_FILE = "profile.json"
 _TENSORS = {"token_counts_HLE", "gate_mass_HLE"}
+_OPTIONAL_TENSORS = {"output_norm_HLE"}
 _DESCRIPTION = {"layer_ids", "num_experts", "top_k", "num_tokens_H", "meta"}
 
 
@@ -34,7 +35,7 @@ def write(folder: Path, tensors: dict[str, Tensor], description: dict[str, Any])
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the description in `folder`.
+    """The tensors and the description in `folder`; a tensor that not every profile has may be missing.
 
     Raises:
         DataError: a file is missing, is broken, or lacks an entry.
@@ -56,4 +57,4 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise DataError(
             f"{folder}: the profile lacks {', '.join(sorted(missing))}.\nMeasure it again with `metier profile`."
         )
-    return {name: tensors[name] for name in sorted(_TENSORS)}, description
+    return {name: tensors[name] for name in sorted(_TENSORS | (_OPTIONAL_TENSORS & tensors.keys()))}, description

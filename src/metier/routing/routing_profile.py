@@ -9,6 +9,7 @@ every score can be derived afterwards. `metier.routing.profile` measures one.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,13 +18,22 @@ from torch import Tensor
 
 from metier.errors import DataError, SelectionError
 from metier.routing import profile_files
-from metier.routing.policy import Score, SelectionConfig, jaccard, pick_experts
-from metier.routing.scores import gate_score_LE, raw_gate_score_LE, token_ratio_LE
+from metier.routing.merging import merged, refuse_other_model
+from metier.routing.policy import Score, SelectionConfig, mean_jaccard, pick
+from metier.routing.scores import (
+    gate_score_LE,
+    output_norm_score_LE,
+    positive_share_LE,
+    raw_gate_score_LE,
+    raw_output_norm_LE,
+    token_ratio_LE,
+)
+from metier.routing.selection_config import Scale
 
 RELIABLE = 0.9
 """Split-half agreement under which a profile is called unreliable."""
 PAPER_SELECTION = SelectionConfig(score="token", top_p=0.2)
-_SAME_IN_A_MERGE = ("fingerprint", "adapter")
+_DTYPES = {"token_counts_HLE": torch.int64, "gate_mass_HLE": torch.float64, "output_norm_HLE": torch.float64}
 
 
 class UnreliableProfileWarning(UserWarning):
@@ -43,13 +53,18 @@ class RoutingProfile:
     gate_mass_HLE: Tensor
     """Sum of routing weights received, float64, (2, num_layers, num_experts)."""
     num_tokens_H: tuple[int, int]
+    output_norm_HLE: Tensor | None = None
+    """Sum of the norms of the weighted outputs, float64, (2, num_layers, num_experts); None where they were
+    not measured."""
     meta: dict[str, str] = field(default_factory=dict)
     """What it was measured on: model, fingerprint, sequence length …"""
 
     def __post_init__(self) -> None:
         shape = (2, len(self.layer_ids), self.num_experts)
-        for name, dtype in (("token_counts_HLE", torch.int64), ("gate_mass_HLE", torch.float64)):
+        for name, dtype in _DTYPES.items():
             tensor = getattr(self, name)
+            if tensor is None and name == "output_norm_HLE":
+                continue
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 raise DataError(
                     f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}: two "
@@ -70,17 +85,32 @@ class RoutingProfile:
         """Share of gate mass, float32, (num_layers, num_experts), rows sum to 1."""
         return self.scores_LE("gate")
 
-    def scores_LE(self, score: Score, *, half: int | None = None) -> Tensor:
-        """A layer's scores by expert: float32, (num_layers, num_experts), each row sums to 1.
+    def scores_LE(self, score: Score, *, half: int | None = None, scale: Scale = "normalised") -> Tensor:
+        """A layer's scores by expert: float32, (num_layers, num_experts).
 
         Args:
-            score: "token" for the share of routing slots, "gate" for the share of gate mass.
+            score: "token" for the share of routing slots, "gate" for the share of gate mass, "output_norm" for
+                the share of the weighted outputs' norms.
             half: 0 or 1 for the even or odd sequences alone; None for all.
+            scale: "normalised", each row sums to 1; "raw", the mean a token (token scores are the same in
+                both).
 
         Raises:
-            SelectionError: nothing was counted.
+            SelectionError: nothing was counted, or output norms were not measured.
         """
-        return self._exact_scores_LE(score, half=half).to(torch.float32)
+        return self.exact_scores_LE(score, half=half, scale=scale).to(torch.float32)
+
+    def exact_scores_LE(self, score: Score, *, half: int | None = None, scale: Scale = "normalised") -> Tensor:
+        """As `scores_LE`, in float64: what experts are ranked by, so that near ties stay apart."""
+        counted_HLE = self._counted_HLE(score)
+        counted_LE = counted_HLE.sum(dim=0) if half is None else counted_HLE[half]
+        if score == "token":
+            return token_ratio_LE(counted_LE)
+        if scale == "normalised":
+            return gate_score_LE(counted_LE) if score == "gate" else output_norm_score_LE(counted_LE)
+        num_tokens = self.num_tokens if half is None else self.num_tokens_H[half]
+        raw_LE = raw_gate_score_LE if score == "gate" else raw_output_norm_LE
+        return raw_LE(counted_LE, num_tokens=num_tokens)
 
     def raw_gate_scores_LE(self) -> Tensor:
         """Mean gate a token: the paper's own scale, float32, (num_layers, num_experts).
@@ -88,32 +118,72 @@ class RoutingProfile:
         Rows sum to 1 only where the router renormalises the gates of the chosen experts; the router's scaling
         factor, where it has one, is inside (see `metier.routing.scores.raw_gate_score_LE`).
         """
-        return raw_gate_score_LE(self.gate_mass_HLE.sum(dim=0), num_tokens=self.num_tokens).to(torch.float32)
+        return self.scores_LE("gate", scale="raw")
 
-    def picked(self, config: SelectionConfig, *, half: int | None = None) -> dict[int, tuple[int, ...]]:
-        """The experts that `config` picks in each layer, by falling score."""
-        rows = self._exact_scores_LE(config.score, half=half).tolist()
-        return {layer: pick_experts(row, top_p=config.top_p) for layer, row in zip(self.layer_ids, rows, strict=True)}
+    def ranking_LE(
+        self, config: SelectionConfig, *, half: int | None = None, general: RoutingProfile | None = None
+    ) -> Tensor:
+        """What `config`'s policy ranks by: float64, (num_layers, num_experts).
 
-    def reliability(self, config: SelectionConfig) -> float | None:
+        With `minus_general`, the task's scores (of `half`) minus the general ones (of all general data); for
+        `top_p`, which needs a share, clipped and normalised as `metier.routing.scores.positive_share_LE`.
+
+        Raises:
+            SelectionError: as `scores_LE`; `general` is missing, not needed, or of another model.
+        """
+        scores_LE = self.exact_scores_LE(config.score, half=half, scale=config.scale)
+        if general is None:
+            return scores_LE
+        refuse_other_model(self, general, role="the task's profile", why="A difference of scores needs one model")
+        difference_LE = scores_LE - general.exact_scores_LE(config.score, scale=config.scale)
+        return difference_LE if config.top_p is None else positive_share_LE(difference_LE)
+
+    def picked(
+        self,
+        config: SelectionConfig,
+        *,
+        half: int | None = None,
+        general: RoutingProfile | None = None,
+        expert_bytes: Mapping[int, int] | None = None,
+    ) -> dict[int, tuple[int, ...]]:
+        """The experts that `config` picks in each layer, by falling score; arguments as
+        `metier.routing.selection.select`. With `budget_bytes` layers may be missing."""
+        config.check_inputs(general=general, expert_bytes=expert_bytes)
+        rows = self.ranking_LE(config, half=half, general=general).tolist()
+        return pick(dict(zip(self.layer_ids, rows, strict=True)), config, expert_bytes=expert_bytes)
+
+    def reliability(
+        self,
+        config: SelectionConfig,
+        *,
+        general: RoutingProfile | None = None,
+        expert_bytes: Mapping[int, int] | None = None,
+    ) -> float | None:
         """Split-half agreement: Jaccard of what each half alone selects, mean over layers, from 0 to 1.
 
         None where a half is empty, so that nothing can be said.
         """
         if min(self.num_tokens_H) == 0:
             return None
-        even, odd = self.picked(config, half=0), self.picked(config, half=1)
-        return sum(jaccard(even[layer], odd[layer]) for layer in self.layer_ids) / len(self.layer_ids)
+        even, odd = (self.picked(config, half=half, general=general, expert_bytes=expert_bytes) for half in (0, 1))
+        return mean_jaccard(even, odd)
 
-    def warn_if_unreliable(self, config: SelectionConfig, *, stacklevel: int = 2) -> None:
+    def warn_if_unreliable(
+        self,
+        config: SelectionConfig,
+        *,
+        general: RoutingProfile | None = None,
+        expert_bytes: Mapping[int, int] | None = None,
+        stacklevel: int = 2,
+    ) -> None:
         """Issue an `UnreliableProfileWarning` where the two halves disagree on `config`, or one is empty."""
-        reliability = self.reliability(config)
+        reliability = self.reliability(config, general=general, expert_bytes=expert_bytes)
         if reliability is not None and reliability >= RELIABLE:
             return
         found = "one half is empty" if reliability is None else f"Jaccard {reliability:.2f}, expected {RELIABLE}"
         warnings.warn(
             f"routing profile of {self.num_tokens} tokens: its two halves select different experts with "
-            f"{config.score} scores and top_p={config.top_p} ({found}).\nProfile more tokens of the task.",
+            f"{config.score_name} and {config.policy_name} ({found}).\nProfile more tokens of the task.",
             UnreliableProfileWarning,
             stacklevel=stacklevel + 1,
         )
@@ -122,25 +192,10 @@ class RoutingProfile:
         """The profile of both data sets together, exact to the last bit and independent of the order.
 
         Raises:
-            SelectionError: the profiles are of different shapes, models or adapters.
+            SelectionError: the profiles are of different shapes, models or adapters, or output norms were
+                measured in one alone.
         """
-        for name in ("layer_ids", "num_experts", "top_k"):
-            _refuse_difference(name, getattr(self, name), getattr(other, name))
-        for name in _SAME_IN_A_MERGE:
-            if name in self.meta and name in other.meta:
-                _refuse_difference(name, self.meta[name], other.meta[name])
-        return RoutingProfile(
-            layer_ids=self.layer_ids,
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            token_counts_HLE=self.token_counts_HLE + other.token_counts_HLE,
-            gate_mass_HLE=self.gate_mass_HLE + other.gate_mass_HLE,
-            num_tokens_H=(
-                self.num_tokens_H[0] + other.num_tokens_H[0],
-                self.num_tokens_H[1] + other.num_tokens_H[1],
-            ),
-            meta=_merged_meta(self.meta, other.meta),
-        )
+        return merged(self, other)
 
     def __add__(self, other: RoutingProfile) -> RoutingProfile:
         return self.merge(other)
@@ -149,6 +204,8 @@ class RoutingProfile:
         """Write profile.safetensors and profile.json (for people: what was measured, and how reliable it
         is)."""
         tensors = {"token_counts_HLE": self.token_counts_HLE, "gate_mass_HLE": self.gate_mass_HLE}
+        if self.output_norm_HLE is not None:
+            tensors["output_norm_HLE"] = self.output_norm_HLE
         settings = (PAPER_SELECTION, SelectionConfig(score="gate", top_p=PAPER_SELECTION.top_p))
         description = {
             "num_tokens": self.num_tokens,
@@ -157,7 +214,7 @@ class RoutingProfile:
             "num_experts": self.num_experts,
             "top_k": self.top_k,
             "split_half_jaccard": {
-                f"{c.score} scores, top_p={c.top_p}": self.reliability(c) for c in settings if self.num_tokens
+                f"{c.score_name}, {c.policy_name}": self.reliability(c) for c in settings if self.num_tokens
             },
             "meta": self.meta,
         }
@@ -181,24 +238,14 @@ class RoutingProfile:
             **tensors,
         )
 
-    def _exact_scores_LE(self, score: Score, *, half: int | None) -> Tensor:
-        counted_HLE = self.token_counts_HLE if score == "token" else self.gate_mass_HLE
-        counted_LE = counted_HLE.sum(dim=0) if half is None else counted_HLE[half]
-        return token_ratio_LE(counted_LE) if score == "token" else gate_score_LE(counted_LE)
-
-
-def _refuse_difference(name: str, mine: object, theirs: object) -> None:
-    if mine != theirs:
-        raise SelectionError(
-            f"{name}: got a profile with {theirs!r}, expected {mine!r} as in the profile that it is merged "
-            f"into.\nOnly profiles of one model add up; profile both data sets with the same model."
-        )
-
-
-def _merged_meta(mine: dict[str, str], theirs: dict[str, str]) -> dict[str, str]:
-    """Equal values stay; different ones are listed, sorted, so that the order of merging does not show."""
-    merged = {}
-    for name in sorted(mine.keys() | theirs.keys()):
-        values = {part for meta in (mine, theirs) if name in meta for part in meta[name].split(" + ")}
-        merged[name] = " + ".join(sorted(values))
-    return merged
+    def _counted_HLE(self, score: Score) -> Tensor:
+        if score == "token":
+            return self.token_counts_HLE
+        if score == "gate":
+            return self.gate_mass_HLE
+        if self.output_norm_HLE is None:
+            raise SelectionError(
+                "output_norm: this profile was measured without output norms.\n"
+                "Measure it again with output_norms=True, or select by another score."
+            )
+        return self.output_norm_HLE

@@ -1,174 +1,104 @@
-"""Which experts of which layers to train: chosen from a profile, checked against a model, kept in ESFT's
-format."""
+"""From a profile to a selection, with the settings of a `SelectionConfig`.
+
+The four rooms around it: `selection_config` says what can be asked for, `policy` and `budget` decide,
+`expert_selection` is the result; `combine` and `controls` make selections from selections.
+"""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from metier.errors import SelectionError
-from metier.models.moe import MoELayer, moe_layers
-from metier.routing.esft_format import ExpertConfig, read_expert_config, write_expert_config
-from metier.routing.policy import SelectionConfig, pick_random
+from metier.models.moe import moe_layers
+from metier.routing.combine import intersection_selection, union_selection
+from metier.routing.controls import coldest_selection, random_selection
+from metier.routing.expert_selection import ExpertSelection
+from metier.routing.policy import SelectionConfig
 
 if TYPE_CHECKING:
     from metier.routing.routing_profile import RoutingProfile
 
-__all__ = ["ExpertSelection", "SelectionConfig", "random_selection", "select"]
+__all__ = [
+    "ExpertSelection",
+    "SelectionConfig",
+    "coldest_selection",
+    "expert_bytes",
+    "intersection_selection",
+    "random_selection",
+    "select",
+    "union_selection",
+]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertSelection:
-    """Expert ids by decoder layer, and whether shared experts and everything else are trained too."""
+def select(
+    profile: RoutingProfile,
+    config: SelectionConfig,
+    *,
+    general: RoutingProfile | None = None,
+    expert_bytes: Mapping[int, int] | None = None,
+) -> ExpertSelection:
+    """Pick the experts that a task uses: by falling score, as far as `config`'s policy goes.
 
-    experts: dict[int, tuple[int, ...]]
-    """Routed experts by decoder layer (counted from 0, dense layers included); where they come from a
-    profile, by falling score. A layer that is not a key has no trained expert."""
-    shared_experts: bool = False
-    non_expert_modules: bool = False
-    num_experts: int | None = field(default=None, compare=False)
-    """Routed experts a layer of the model it was made for; None where that is unknown (ESFT's files do not
-    say)."""
+    Ties break by expert id; with `top_p` the expert that crosses it is included.
 
-    def __post_init__(self) -> None:
-        if not self.experts and not self.shared_experts and not self.non_expert_modules:
-            raise SelectionError("the selection is empty: it names no expert and no other module.\nSelect something.")
-        for layer, ids in self.experts.items():
-            _check_ids(layer, ids)
-            if self.num_experts is not None:
-                _check_range(layer, ids, self.num_experts)
-
-    @property
-    def num_selected(self) -> int:
-        """Routed experts selected, over all layers."""
-        return sum(len(ids) for ids in self.experts.values())
-
-    def save(self, path: str | Path) -> None:
-        """Write ESFT's expert_config format; `num_experts` has no place in it."""
-        config = ExpertConfig(
-            experts=self.experts,
-            shared_experts=self.shared_experts,
-            non_expert_modules=self.non_expert_modules,
-        )
-        write_expert_config(Path(path), config)
-
-    @classmethod
-    def load(cls, path: str | Path) -> ExpertSelection:
-        """Read ESFT's expert_config format.
-
-        Raises:
-            SelectionError: the file is missing, of another format, or selects nothing, an expert twice or a
-                negative id.
-        """
-        config = read_expert_config(Path(path))
-        try:
-            return cls(
-                experts=config.experts,
-                shared_experts=config.shared_experts,
-                non_expert_modules=config.non_expert_modules,
-            )
-        except SelectionError as error:
-            raise SelectionError(f"{path}: {error}") from error
-
-    def validate(self, model: nn.Module | Sequence[MoELayer]) -> None:
-        """Check that everything selected exists.
-
-        Args:
-            model: the model, bare or wrapped, or its MoE layers.
-
-        Raises:
-            SelectionError: a layer without routed experts, an expert id past the last one, or shared experts
-                of a model that has none.
-            UnsupportedModelError: as `moe_layers`.
-        """
-        layers = {layer.index: layer for layer in (moe_layers(model) if isinstance(model, nn.Module) else model)}
-        for layer, ids in self.experts.items():
-            if layer not in layers:
-                raise SelectionError(
-                    f"layers.{layer}: the selection names experts {list(ids)}, but the model has no MoE "
-                    f"layer there; its MoE layers are {_ranges(sorted(layers))}.\n"
-                    f"The selection was made for another model; select again from this model's profile."
-                )
-            _check_range(layer, ids, layers[layer].num_experts)
-        if self.shared_experts and not any(layer.num_shared_experts for layer in layers.values()):
-            raise SelectionError(
-                "shared_experts: got true, but the model has no shared expert in any layer.\nSet it to false."
-            )
-
-
-def select(profile: RoutingProfile, config: SelectionConfig) -> ExpertSelection:
-    """Pick the experts that a task uses: in each layer by falling score until `top_p` of the score is
-    covered.
-
-    The expert that crosses `top_p` is included; ties break by expert id.
+    Args:
+        profile: the task's.
+        config: score and policy.
+        general: profile of general data on the same model; if and only if `config.minus_general`.
+        expert_bytes: bytes of one expert, by decoder layer, such as `expert_bytes(model)`; if and only if
+            `config.budget_bytes`.
 
     Warns:
         UnreliableProfileWarning: the two halves of the profile select different experts with `config`.
 
     Raises:
-        SelectionError: the profile counted nothing.
+        SelectionError: the profile counted nothing or lacks the score; `general` or `expert_bytes` is missing,
+            not needed, or of another model; or the budget does not hold one expert.
 
     Paper: ESFT, arXiv:2407.01906, section 3. Its settings: token 0.2; gate 0.1 on its raw scale, see
     `metier.routing.scores` for ours.
     """
-    selection = ExpertSelection(experts=profile.picked(config), num_experts=profile.num_experts)
-    profile.warn_if_unreliable(config)
-    return selection
+    picked = profile.picked(config, general=general, expert_bytes=expert_bytes)
+    if not picked:
+        raise _nothing_picked(profile, config, general, expert_bytes or {})
+    profile.warn_if_unreliable(config, general=general, expert_bytes=expert_bytes)
+    return ExpertSelection(experts=picked, num_experts=profile.num_experts)
 
 
-def random_selection(like: ExpertSelection, *, num_experts: int, seed: int) -> ExpertSelection:
-    """As many experts in each layer as `like` has, drawn at random: the baseline of the paper's table 4.
+def expert_bytes(model: nn.Module, *, bytes_per_parameter: int | None = None) -> dict[int, int]:
+    """What one routed expert takes, by decoder layer.
 
     Args:
-        like: the selection whose counts and flags are copied.
-        num_experts: routed experts a layer of the model.
-        seed: the same seed gives the same selection.
+        model: the model, bare or wrapped by PEFT.
+        bytes_per_parameter: None for the weights as the model holds them. What training takes is more: a
+            float32 master, its gradient and AdamW's two moments are 16.
 
     Raises:
-        SelectionError: a layer of `like` has more experts than `num_experts`.
+        UnsupportedModelError: as `moe_layers`.
     """
-    generator = random.Random(seed)
-    return ExpertSelection(
-        experts={
-            layer: pick_random(len(like.experts[layer]), num_experts=num_experts, generator=generator)
-            for layer in sorted(like.experts)
-        },
-        shared_experts=like.shared_experts,
-        non_expert_modules=like.non_expert_modules,
-        num_experts=num_experts,
-    )
-
-
-def _check_ids(layer: int, ids: tuple[int, ...]) -> None:
-    if not ids:
-        raise SelectionError(f"layers.{layer}: got no expert id, expected at least one; leave the layer out instead.")
-    if min(ids) < 0:
-        raise SelectionError(f"layers.{layer}: got expert {min(ids)}, expected ids from 0 on.")
-    if len(set(ids)) < len(ids):
-        twice = next(expert for expert in ids if ids.count(expert) > 1)
-        raise SelectionError(f"layers.{layer}: got expert {twice} twice in {list(ids)}, expected each id once.")
-
-
-def _check_range(layer: int, ids: tuple[int, ...], num_experts: int) -> None:
-    if max(ids) >= num_experts:
-        raise SelectionError(
-            f"layers.{layer}: selection names expert {max(ids)}, but model has num_experts={num_experts} "
-            f"(ids 0 to {num_experts - 1}).\n"
-            f"The selection was made for another model; select again from this model's profile."
+    sizes_bytes = {}
+    for layer in moe_layers(model):
+        stacks = [getattr(layer.experts, name) for name in layer.parameter_names()]
+        sizes_bytes[layer.index] = sum(
+            stack[0].numel() * (bytes_per_parameter or stack.element_size()) for stack in stacks
         )
+    return sizes_bytes
 
 
-def _ranges(numbers: list[int]) -> str:
-    """[1, 2, 3, 7] as "1-3, 7"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+def _nothing_picked(
+    profile: RoutingProfile, config: SelectionConfig, general: RoutingProfile | None, sizes_bytes: Mapping[int, int]
+) -> SelectionError:
+    """Only a budget can leave every layer empty."""
+    if float(profile.ranking_LE(config, general=general).max()) <= 0:
+        return SelectionError(
+            f"{config.policy_name}: no expert scores higher on the task than in general ({config.score_name}).\n"
+            f"Profile general data that differ from the task's, or leave minus_general out."
+        )
+    low, high = min(sizes_bytes.values()), max(sizes_bytes.values())
+    return SelectionError(
+        f"{config.policy_name}: not even the first expert by {config.score_name} fits; one takes "
+        f"{low if low == high else f'{low} to {high}'} bytes.\nRaise budget_bytes."
+    )

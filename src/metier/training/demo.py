@@ -23,8 +23,9 @@ from metier.reports.console import comparison_table
 from metier.reports.data import ReportData
 from metier.reports.html import write_report
 from metier.routing.profile import RoutingProfile
-from metier.routing.selection import ExpertSelection, SelectionConfig
+from metier.routing.selection import ExpertSelection
 from metier.training.run import RunResult, train
+from metier.training.selecting import selection_config
 
 Method = Literal["esft", "full", "lora"]
 
@@ -48,6 +49,7 @@ def demo_config(method: Method, task: str, output: Path, seed: int) -> RunConfig
         profile_tokens=65_536,
         learning_rate=LEARNING_RATES[method],
         per_device_train_batch_size=16,
+        padding_free=True,
         max_steps=80,
         warmup_steps=4,
         logging_steps=4,
@@ -144,7 +146,7 @@ def _report_data(
         top_p=config.top_p,
         top_k=profile.top_k,
         selected=selection.experts,
-        reliability=profile.reliability(SelectionConfig(score=config.score, top_p=config.top_p)),
+        reliability=profile.reliability(selection_config(config)),
         num_profiled_tokens=profile.num_tokens,
         metrics={name: _metrics(folder / "metrics.jsonl") for name, folder in folders.items()},
         evaluations=evaluations,

@@ -19,13 +19,13 @@ from metier.data.message import Record
 from metier.data.records import load_records, mix
 from metier.deltas.save import save_delta
 from metier.models.load import load
-from metier.routing.profile import profile
-from metier.routing.selection import ExpertSelection, SelectionConfig, select
+from metier.routing.selection import ExpertSelection
 from metier.training.apart import check_records_stay_apart
 from metier.training.callbacks import CountTokens, MetricsLog, ShowProgress, peak_memory_bytes, reset_peak_memory
 from metier.training.checkpoints import MarkCheckpoints, find_checkpoint
 from metier.training.folder import RunFolder, open_folder
 from metier.training.plan import TrainingPlan, training_plan
+from metier.training.selecting import run_selection, selection_config
 from metier.training.trainer import make_trainer
 from metier.training.wrapping import selects_experts, wrap
 
@@ -63,6 +63,9 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
     # transformers renames options that PEFT and TRL still use; a user can do nothing about it
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     reset_peak_memory()
+    if selects_experts(config):
+        # what cannot be selected by is refused before anything is loaded
+        selection_config(config)
     folder = open_folder(config)
     checkpoint = None
     if config.resume_from_checkpoint is not None:
@@ -78,7 +81,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
         eval_items = _encode(load_records(config.eval_dataset), loaded.tokenizer, config, console)
     selection = None
     if selects_experts(config):
-        selection = _selection(loaded.model, loaded.tokenizer, records, config, folder)
+        selection = run_selection(loaded.model, loaded.tokenizer, records, config, folder)
     set_seed(config.seed)
     model = wrap(loaded.model, config, selection)
     plan = training_plan(model, method=config.method, selection=selection)
@@ -133,26 +136,6 @@ def _tell_of_padding(items: EncodedSet, config: RunConfig, console: Console) -> 
     share = padding_share([len(item.input_ids) for item in items.items], config.per_device_train_batch_size)
     if share >= WORTH_TELLING:
         console.print(f"{share:.0%} of what a batch computes is padding; padding_free: true leaves it out.")
-
-
-def _selection(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    records: Sequence[Record],
-    config: RunConfig,
-    folder: RunFolder,
-) -> ExpertSelection:
-    """The configured selection, the one of the run that is resumed, or a new one from a profile of the records."""
-    if config.resume_from_checkpoint is not None and folder.selection.exists():
-        return ExpertSelection.load(folder.selection)
-    if config.selection is not None:
-        selection = ExpertSelection.load(config.selection)
-    else:
-        measured = profile(model, tokenizer, records, num_tokens=config.profile_tokens, seed=config.seed)
-        measured.save(folder.root)
-        selection = select(measured, SelectionConfig(score=config.score, top_p=config.top_p))
-    selection.save(folder.selection)
-    return selection
 
 
 def _save(model: PreTrainedModel | peft.PeftModel, tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> None:

@@ -1,0 +1,80 @@
+"""Which experts a run trains: read from a file, kept from the run that is resumed, or selected from a new profile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from metier.config import RunConfig
+from metier.data.message import Record
+from metier.data.records import load_records
+from metier.routing.profile import StabilityConfig, profile
+from metier.routing.routing_profile import RoutingProfile
+from metier.routing.selection import ExpertSelection, SelectionConfig, expert_bytes, select
+from metier.training.folder import RunFolder
+
+PAPER_TOP_P = 0.2
+"""ESFT's setting for token scores, taken where a run names no policy."""
+
+
+def selection_config(config: RunConfig) -> SelectionConfig:
+    """The run's score and policy."""
+    policies = (config.top_p, config.select_top_k, config.select_top_fraction, config.select_budget_bytes)
+    is_open = all(value is None for value in policies)
+    return SelectionConfig(
+        score=config.score,
+        scale=config.score_scale,
+        minus_general=config.minus_general,
+        top_p=PAPER_TOP_P if is_open else config.top_p,
+        top_k=config.select_top_k,
+        top_fraction=config.select_top_fraction,
+        budget_bytes=config.select_budget_bytes,
+    )
+
+
+def run_selection(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    config: RunConfig,
+    folder: RunFolder,
+) -> ExpertSelection:
+    """The configured selection, the one of the run that is resumed, or a new one from a profile of the records."""
+    if config.resume_from_checkpoint is not None and folder.selection.exists():
+        return ExpertSelection.load(folder.selection)
+    if config.selection is not None:
+        selection = ExpertSelection.load(config.selection)
+    else:
+        selection = _from_profile(model, tokenizer, records, config, folder)
+    selection.save(folder.selection)
+    return selection
+
+
+def _from_profile(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    config: RunConfig,
+    folder: RunFolder,
+) -> ExpertSelection:
+    wanted = selection_config(config)
+    options: dict[str, Any] = {
+        "num_tokens": config.profile_tokens,
+        "max_length": config.max_length,
+        "seed": config.seed,
+        "output_norms": config.score == "output_norm",
+    }
+    general: RoutingProfile | None = None
+    if config.minus_general:
+        assert config.general_dataset is not None, "RunConfig refuses minus_general without it"
+        general = profile(model, tokenizer, load_records(config.general_dataset), **options)
+    sizes = expert_bytes(model) if wanted.budget_bytes is not None else None
+    if config.profile_until_stable:
+        options["until_stable"] = StabilityConfig(
+            selection=wanted, threshold=config.stability_threshold, general=general, expert_bytes=sizes
+        )
+    measured = profile(model, tokenizer, records, **options)
+    measured.save(folder.root)
+    return select(measured, wanted, general=general, expert_bytes=sizes)
