@@ -209,7 +209,8 @@ def report(runs: dict[str, list[dict]], rounds: int) -> str:
     growth = {side: statistics.median(run["growth_bytes"] for run in parts) for side, parts in runs.items()}
     rows = [
         f"| {side} | {middle[side]:.3f} | {min(values):.3f} to {max(values):.3f} "
-        f"| {middle[side] / middle['forward']:.2f} | {middle[side] / middle['esft 6']:.2f} | {growth[side] / 2**20:,.0f} | {runs[side][0]['trained']:,} |"
+        f"| {middle[side] / middle['forward']:.2f} | {middle[side] / middle['esft 6']:.2f} "
+        f"| {growth[side] / 2**20:,.0f} | {runs[side][0]['trained']:,} |"
         for side, values in seconds.items()
     ]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
