@@ -148,7 +148,7 @@ def test_one_foreign_layer_among_good_ones_is_refused() -> None:
 
 def test_two_stacks_of_layers_in_one_model_are_refused() -> None:
     model = nn.Module()
-    model.text, model.vision = tiny_model("olmoe").model, tiny_model("olmoe").model
+    model.text, model.second = tiny_model("olmoe").model, tiny_model("olmoe").model
     with pytest.raises(UnsupportedModelError, match=r"layers\.0: two MoE layers have this index, text\.layers\.0"):
         moe_layers(model)
 

@@ -17,14 +17,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from metier.errors import ConfigError, ModelError
+from metier.errors import ConfigError, ModelError, UnsupportedModelError
+from metier.models.foreign import follow_contract
 
 EMBEDDED = "embedded"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -54,7 +60,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer; or a multimodal one, to be used on text.
 
     Args:
         model: a local folder, a hub id such as "allenai/OLMoE-1B-7B-0924", or "embedded" for the small model
@@ -69,6 +75,7 @@ def load(
 
     Raises:
         ConfigError: an unknown dtype or device, or a revision of a local folder.
+        UnsupportedModelError: the model is an encoder-decoder, or a Llama 4 with several experts a token.
         ModelError: anything else that keeps the model or its tokenizer from being loaded whole.
     """
     source = str(model)
@@ -77,11 +84,9 @@ def load(
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         common["revision"] = revision
-    _refuse_remote_code(target, common)
+    network_class = _network_class(source, _config(target, common))
     try:
-        network, info = AutoModelForCausalLM.from_pretrained(
-            target, dtype=resolved_dtype, output_loading_info=True, **common
-        )
+        network, info = network_class.from_pretrained(target, dtype=resolved_dtype, output_loading_info=True, **common)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"{source}: the model could not be loaded: {_first_line(error)}\n"
@@ -93,6 +98,7 @@ def load(
             f"{source}: the checkpoint lacks {len(names)} of the model's tensors, such as {names[0]!r}; "
             f"they would be random.\nDownload the checkpoint again, or load a revision that is whole."
         )
+    follow_contract(network)
     tokenizer = _load_tokenizer(source, target, common)
     _ensure_pad_token(source, tokenizer)
     network.config.pad_token_id = tokenizer.pad_token_id
@@ -154,10 +160,23 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _refuse_remote_code(target: str, common: dict[str, Any]) -> None:
-    """Raise a ModelError where the configuration cannot be read without running the repository's own code."""
+def _network_class(source: str, config: PreTrainedConfig) -> Any:
+    """A multimodal model has no text-only class in many families; it takes text alone just as well."""
+    kind = type(config)
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"{source}: got an encoder-decoder ({MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[kind].__name__}), expected a "
+            f"causal language model.\nmetier cannot train encoder-decoders; docs/support.md lists what it works on."
+        )
+    return AutoModelForMultimodalLM if kind in MODEL_FOR_MULTIMODAL_LM_MAPPING else AutoModelForCausalLM
+
+
+def _config(target: str, common: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration; a ModelError where it cannot be read without running the repository's own code."""
     try:
-        AutoConfig.from_pretrained(target, **common)
+        return AutoConfig.from_pretrained(target, **common)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(

@@ -1,10 +1,8 @@
 """A uniform view on every MoE layer that follows transformers' experts contract.
 
-The contract (`transformers/integrations/moe.py`): a module that is called as `experts(hidden_states_TD,
-top_k_index_TK, top_k_weights_TK)`, holds its weights stacked as `(E, …)` and bears the flags `has_gate,
-has_bias, has_post_expert_norm, is_transposed, is_concatenated`. Some sixty architectures follow it, so
-whatever is written against `MoELayer` serves all of them. Models that have no such layer, or other MoE
-layers, are refused by name.
+Some sixty architectures follow it (`metier.models.contract`), so whatever is written against `MoELayer` serves
+all of them. Models that have no such layer, or other MoE layers, are refused by name. Of a multimodal model
+only the text's experts are seen.
 """
 
 # T tokens, D hidden_size, F moe_intermediate_size, E experts, K top_k
@@ -17,10 +15,14 @@ from itertools import pairwise
 from torch import nn
 
 from metier.errors import UnsupportedModelError
+from metier.models.contract import FLAGS, contract_flags
+from metier.models.foreign import can_follow_contract
 from metier.models.spellings import (
+    ENCODER_LAYERS,
     LAYER_INDEX,
     MOE_CLASS,
     NUM_SHARED_EXPERTS,
+    OTHER_MODALITY,
     ROUTER_NAMES,
     SHARED_EXPERTS_NAMES,
     TOP_K,
@@ -28,15 +30,14 @@ from metier.models.spellings import (
 )
 from metier.models.unwrap import bare_model, base_path, original_module
 
-_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class MoELayer:
     """One decoder layer's routed experts, as metier's other rooms see them."""
 
     index: int
-    """Decoder layer, counted from 0 over all decoder layers, dense ones included, as ESFT counts."""
+    """Decoder layer, counted from 0 over all decoder layers, dense ones included, as ESFT counts; in an
+    encoder-decoder the decoder's layers follow the encoder's."""
     path: str
     """Module path of the experts in the bare model, such as `model.layers.1.mlp.experts`, wrapped by PEFT or
     not."""
@@ -73,7 +74,7 @@ class MoELayer:
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
-    """Every MoE layer of `model`, in order of the decoder layers.
+    """Every MoE layer of `model`, in order of the decoder layers; of a multimodal model, those for text.
 
     Args:
         model: a transformers model, bare or wrapped by PEFT.
@@ -83,7 +84,11 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
             its MoE layers claim the same decoder layer (two stacks in one model).
     """
     bare = bare_model(model)
-    layers = [_view(bare, path, module) for path, module in bare.named_modules() if _follows_contract(module)]
+    layers = []
+    for path, module in bare.named_modules():
+        flags = None if OTHER_MODALITY.search(path) else contract_flags(module)
+        if flags is not None:
+            layers.append(_view(bare, path, module, flags))
     _refuse_foreign(bare, layers)
     layers.sort(key=lambda layer: layer.index)
     for before, after in pairwise(layers):
@@ -96,13 +101,7 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     return layers
 
 
-def _follows_contract(module: nn.Module) -> bool:
-    # vars(), not hasattr(): PEFT's wrappers may answer for what they wrap
-    attributes = vars(module)
-    return "num_experts" in attributes and all(isinstance(attributes.get(flag), bool) for flag in _FLAGS)
-
-
-def _view(bare: nn.Module, raw_path: str, experts: nn.Module) -> MoELayer:
+def _view(bare: nn.Module, raw_path: str, experts: nn.Module, flags: dict[str, bool]) -> MoELayer:
     path = base_path(raw_path)
     found = LAYER_INDEX.findall(path)
     if not found:
@@ -110,12 +109,12 @@ def _view(bare: nn.Module, raw_path: str, experts: nn.Module) -> MoELayer:
             f"{path}: {type(experts).__name__} is not inside a numbered decoder layer; expected a path such "
             f"as 'model.layers.7.mlp.experts'.\nmetier cannot name this layer in a selection."
         )
-    index = int(found[-1])
+    config = getattr(experts, "config", None)
+    index = int(found[-1]) + _num_layers_before(bare, path)
     parent_path, _, name = path.rpartition(".")
     block = bare.get_submodule(parent_path)
     router_name = next((n for n in ROUTER_NAMES if isinstance(block._modules.get(n), nn.Module)), None)
-    config = getattr(experts, "config", None)
-    hidden_size, moe_intermediate_size = _sizes(path, experts)
+    hidden_size, moe_intermediate_size = _sizes(path, experts, flags)
     return MoELayer(
         index=index,
         path=path,
@@ -127,19 +126,29 @@ def _view(bare: nn.Module, raw_path: str, experts: nn.Module) -> MoELayer:
         moe_intermediate_size=moe_intermediate_size,
         num_shared_experts=_num_shared_experts(bare, parent_path, config, index),
         router_path=None if router_name is None else f"{parent_path}.{router_name}",
-        **{flag: vars(experts)[flag] for flag in _FLAGS},
+        **flags,
     )
 
 
-def _sizes(path: str, experts: nn.Module) -> tuple[int, int]:
+def _num_layers_before(bare: nn.Module, path: str) -> int:
+    """Layers of an encoder-decoder's encoder, for a layer of its decoder: both count in one row."""
+    config = getattr(bare, "config", None)
+    if not getattr(config, "is_encoder_decoder", False) or "decoder" not in path.split("."):
+        return 0
+    num_layers = first_count(config, ENCODER_LAYERS, layer_index=0)
+    assert num_layers is not None, f"{type(config).__name__} does not say how many layers its encoder has"
+    return num_layers
+
+
+def _sizes(path: str, experts: nn.Module, flags: dict[str, bool]) -> tuple[int, int]:
     """(hidden_size, moe_intermediate_size) from the shapes, because configurations spell them in many
     ways."""
-    flags = vars(experts)
+    num_experts = experts.num_experts
     up_name = "gate_up_proj" if flags["has_gate"] else "up_proj"
     shapes = {}
     for name in (up_name, "down_proj"):
         weight = getattr(experts, name, None)
-        if not isinstance(weight, nn.Parameter) or weight.dim() != 3 or weight.shape[0] != flags["num_experts"]:
+        if not isinstance(weight, nn.Parameter) or weight.dim() != 3 or weight.shape[0] != num_experts:
             got = (
                 "no such parameter"
                 if weight is None
@@ -147,7 +156,7 @@ def _sizes(path: str, experts: nn.Module) -> tuple[int, int]:
             )
             raise UnsupportedModelError(
                 f"{path}.{name}: got {got} in {type(experts).__name__}, but the experts contract has one "
-                f"stacked parameter of shape ({flags['num_experts']}, out, in).\n"
+                f"stacked parameter of shape ({num_experts}, out, in).\n"
                 f"Load the model without quantisation."
             )
         out_size, in_size = weight.shape[1:]
@@ -188,7 +197,7 @@ def _refuse_foreign(bare: nn.Module, layers: list[MoELayer]) -> None:
     for raw_path, module in bare.named_modules():
         path, kind = base_path(raw_path), type(module).__name__
         name = path.rpartition(".")[2]
-        if not path or "shared" in path or "SharedExpert" in kind:
+        if not path or "shared" in path or "SharedExpert" in kind or OTHER_MODALITY.search(path):
             continue
         if not (name == "experts" or MOE_CLASS.search(kind)):
             continue
@@ -198,8 +207,7 @@ def _refuse_foreign(bare: nn.Module, layers: list[MoELayer]) -> None:
             continue
         raise UnsupportedModelError(
             f"{path}: {kind} is an MoE layer that does not follow transformers' experts contract (stacked "
-            f"parameters with the flags {', '.join(_FLAGS)}).\nmetier cannot work on {type(bare).__name__}; "
-            f"use a family whose experts are decorated with `use_experts_implementation`."
+            f"parameters with the flags {', '.join(FLAGS)}).\n{_remedy(bare)}"
         )
     if not layers:
         raise UnsupportedModelError(
@@ -207,3 +215,9 @@ def _refuse_foreign(bare: nn.Module, layers: list[MoELayer]) -> None:
             f"transformers' experts contract.\nIt is a dense model: choose an MoE model, "
             f"or tune it with PEFT's LoRA."
         )
+
+
+def _remedy(bare: nn.Module) -> str:
+    if can_follow_contract(bare):
+        return "Load it with `metier.load`, or call `metier.models.foreign.follow_contract(model)` first."
+    return f"metier cannot work on {type(bare).__name__}; docs/support.md lists the families that it works on."

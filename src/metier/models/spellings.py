@@ -21,11 +21,16 @@ TOP_K = (
 )
 NUM_SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
 
+ENCODER_LAYERS = ("encoder_layers", "num_layers")
+
 ROUTER_NAMES = ("gate", "router")
 SHARED_EXPERTS_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
 
-LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)(?=\.)")
+LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|blocks|block|h)\.(\d+)(?=\.)")
 """The decoder layer's number inside a module path such as `model.layers.7.mlp.experts`."""
+
+OTHER_MODALITY = re.compile(r"(?:^|\.)(?:vision|visual|image|audio|talker)(?=[._])")
+"""A part of a multimodal model that no text passes, such as `model.vision_tower` or `mlp.vision_moe`."""
 
 MOE_CLASS = re.compile(r"Expert|MoE$|Mo[eE](?:Block|Layer)$")
 """Class names that MoE blocks bear; only used to tell a foreign MoE layer from a dense model in an error."""

@@ -1,0 +1,77 @@
+"""Every MoE family of the installed transformers through the whole chain; eight unlike ones in the default run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from families.chain import STEPS, run_chain
+from families.configs import tiny_config
+from families.discovery import contract_families, foreign_families, model_type
+from families.fresh import FreshProcesses
+from families.page import PAGE, row
+from families.unsupported import UNSUPPORTED
+
+UNLIKE = (
+    "aria",  # multimodal; transposed
+    "deepseek_v4",  # a router by token id in one layer, by hidden states in the other
+    "ernie4_5_vl_moe",  # multimodal; text and vision each with experts in one block
+    "gpt_oss",  # biases, transposed, gate and up interleaved
+    "jamba",  # attention and Mamba layers
+    "llama4",  # outside the contract
+    "nemotron_h",  # no gate
+    "qwen3_vl_moe",  # multimodal
+)
+ALL = sorted([*contract_families(), *foreign_families()])
+MIN_SUPPORTED = 60
+"""Of the families in the contract, as the README promises."""
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[FreshProcesses]:
+    with FreshProcesses() as started:
+        yield started
+
+
+@pytest.mark.parametrize(
+    "family", [family if family in UNLIKE else pytest.param(family, marks=pytest.mark.slow) for family in ALL]
+)
+def test_the_chain_comes_as_far_as_the_support_page_says(
+    family: str, tmp_path: Path, processes: FreshProcesses
+) -> None:
+    result = run_chain(family, tmp_path, processes)
+    if family in UNSUPPORTED:
+        step, reason = UNSUPPORTED[family]
+        assert result.error is not None, f"{family} passes now: take it out of families/unsupported.py"
+        assert (STEPS[result.num_passed], reason in result.reason) == (step, True), result.reason
+    elif result.error is not None:
+        raise AssertionError(f"{family} stopped at {STEPS[result.num_passed]!r}: {result.reason}") from result.error
+    assert row(result) in _page(), "docs/support.md is out of date: run `python scripts/support_page.py`"
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_every_family_has_a_tiny_configuration_or_a_reason(family: str) -> None:
+    kind = model_type(family)
+    if kind is None:
+        assert family in UNSUPPORTED, f"{family} has no model for language: give the reason in families/unsupported.py"
+    else:
+        tiny_config(kind)  # raises where families/configs.py lacks an override
+
+
+def test_at_least_sixty_families_of_the_contract_are_supported() -> None:
+    assert len(contract_families().keys() - UNSUPPORTED.keys()) >= MIN_SUPPORTED
+
+
+def test_no_reason_is_for_a_family_that_does_not_exist() -> None:
+    assert UNSUPPORTED.keys() <= set(ALL)
+
+
+def test_the_support_page_has_a_row_for_each_family_and_no_other() -> None:
+    names = [line.split(" | ")[0].removeprefix("| ") for line in _page() if line.startswith("| ")]
+    assert sorted(name for name in names if name not in ("family", "---")) == ALL
+
+
+def _page() -> list[str]:
+    return PAGE.read_text(encoding="utf-8").splitlines()
