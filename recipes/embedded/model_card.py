@@ -113,7 +113,8 @@ used for anything else.
   experts of width 96 (top-4, gates not renormalised, scaled by 2) and 2 shared ones; latent attention; byte-level BPE with
   8,192 entries, tied embeddings; 1,024 positions, trained on sequences of 512.
 - **Pretraining**: {last["tokens"]:,} tokens in steps of 12,288, Muon and AdamW, balancing loss 0.03, the learning rate
-  decayed to zero at the end. Last training loss {sum(r["loss"] for r in log[-20:]) / 20:.3f} (mean of 20 steps).
+  decayed to zero twice: at 10.3 million tokens, and after a new warm-up from there at the end. Last training loss
+  {sum(r["loss"] for r in log[-20:]) / 20:.3f} (mean of 20 steps).
 - **Data**: package descriptions of Debian in six languages, Python source, manuals, WordNet, the King James Bible, and a
   little dialogue made from them. `docs/embedded.md` has sources, licences and shares; the recipe is `recipes/embedded/`.
 - **Licence**: the data have many licences, most of them free software licences of Debian's `main`; whether and how they

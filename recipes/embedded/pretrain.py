@@ -84,6 +84,13 @@ def save(path: Path, optimizer: MuonWithAdamW, step: int, first_step: int) -> No
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def drop_lines_after(log: Path, step: int) -> None:
+    """Take back the log's lines behind the checkpoint that is resumed, so that each step stands once."""
+    if log.exists():
+        lines = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+        log.write_text("".join(lines))
+
+
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """The weights of an exported model, on disk one tensor an expert; every one must be there."""
     exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -131,6 +138,8 @@ def main() -> None:
         state = torch.load(start)
         optimizer.load_state_dict(state["optimizer"])
         step, first_step = state["step"], state["first_step"]
+    if rank() == 0:
+        drop_lines_after(args.run / "log.jsonl", step)
     last = args.max_steps or (len(tokens) - 1) // TOKENS_PER_STEP
     if args.decay_from is not None:
         last = min(last, args.decay_from + args.decay_steps)
