@@ -28,6 +28,8 @@ RUN_KEYS = "\n\n".join(
 
 Model = Annotated[str, typer.Argument(help="A local folder, a hub id, or 'embedded'.")]
 Delta = Annotated[Path, typer.Argument(help="An adapter's folder, e.g. runs/NAME/adapter.")]
+Base = Annotated[str, typer.Argument(help="The base model: a local folder, a hub id, or 'embedded'.")]
+NewDelta = Annotated[Path, typer.Option("--output", "-o", help="Folder of the new delta.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 
 
@@ -44,6 +46,14 @@ class Scale(StrEnum):
 
     normalised = "normalised"
     raw = "raw"
+
+
+class Compression(StrEnum):
+    """How a compressed delta stores its rows."""
+
+    bf16 = "bf16"
+    int8 = "int8"
+    low_rank = "low_rank"
 
 
 def main() -> None:
@@ -254,6 +264,99 @@ def merge(
 
     merge_delta(delta, base, output, trust_remote_code=trust_remote_code)
     typer.echo(f"Merged model: {output}")
+
+
+@app.command("import-esft")
+def import_esft(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with expert_cfg.json and safetensors of ESFT's own code.")],
+    base: Base,
+    output: NewDelta,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Turn an adapter checkpoint of ESFT's own code into a delta, to the bit."""
+    from metier.deltas.esft_checkpoint import read_esft_checkpoint
+
+    delta = read_esft_checkpoint(checkpoint, base, output, trust_remote_code=trust_remote_code)
+    typer.echo(f"Delta of {sum(map(len, delta.config.experts.values()))} experts: {output}")
+
+
+@app.command("export-esft")
+def export_esft(
+    delta: Delta,
+    base: Base,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint.")],
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Write a delta as an adapter checkpoint that ESFT's own code reads."""
+    from metier.deltas.esft_checkpoint import write_esft_checkpoint
+
+    write_esft_checkpoint(delta, base, output, trust_remote_code=trust_remote_code)
+    typer.echo(f"ESFT checkpoint: {output}")
+
+
+@app.command()
+def compress(
+    delta: Delta,
+    base: Base,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the compressed delta.")],
+    method: Annotated[Compression, typer.Option(help="How rows are stored.")] = Compression.int8,
+    max_relative_error: Annotated[
+        float | None, typer.Option(help="For low_rank: most of a row's change that may be lost, such as 0.1.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Store a delta in fewer bytes, and say what is lost."""
+    from metier.deltas.compress import compress as compress_delta
+
+    report = compress_delta(
+        delta,
+        base,
+        output,
+        method=method.value,
+        max_relative_error=max_relative_error,
+        trust_remote_code=trust_remote_code,
+    )
+    typer.echo(
+        f"{report.bytes_before:,} bytes are now {report.bytes_after:,}; of a row's change {report.mean_error:.2%} are "
+        f"lost on average, {report.max_error:.2%} at most: {output}"
+    )
+
+
+@app.command()
+def decompress(
+    compressed: Annotated[Path, typer.Argument(help="Folder that `metier compress` wrote.")],
+    base: Base,
+    output: NewDelta,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Turn a compressed delta back into an ordinary one."""
+    from metier.deltas.compress import decompress as decompress_delta
+
+    decompress_delta(compressed, base, output, trust_remote_code=trust_remote_code)
+    typer.echo(f"Delta: {output}")
+
+
+@app.command()
+def compose(
+    base: Base,
+    deltas: Annotated[list[Path], typer.Argument(help="Deltas of that base.")],
+    output: NewDelta,
+    weight: Annotated[list[float] | None, typer.Option(help="One a delta; negative to negate.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Make one delta of several: their union, and where they collide the mean (or a weighted sum) of their changes."""
+    from metier.deltas.compose import compose as compose_deltas
+    from metier.deltas.compose import conflicts
+    from metier.models.load import load
+
+    loaded = load(base, trust_remote_code=trust_remote_code)
+    delta = compose_deltas(deltas, loaded, output, weights=weight)
+    for conflict in conflicts(deltas, loaded):
+        typer.echo(
+            f"layer {conflict.layer}, expert {conflict.expert}: changed by {conflict.first} and {conflict.second}, "
+            f"cosine {conflict.cosine:+.2f}"
+        )
+    typer.echo(f"Delta of {sum(map(len, delta.config.experts.values()))} experts: {output}")
 
 
 def _preview(config: RunConfig) -> None:

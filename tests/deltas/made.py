@@ -6,6 +6,7 @@ from pathlib import Path
 
 import peft
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import metier
@@ -52,6 +53,12 @@ def rows_of(wrapped: nn.Module, adapter_name: str = "default") -> dict[str, nn.P
     """The adapter's rows by their name in a delta."""
     end = f".{adapter_name}"
     return {n.removesuffix(end): p for n, p in wrapped.named_parameters() if "esft_" in n and n.endswith(end)}
+
+
+def stored_rows(folder: Path) -> dict[str, Tensor]:
+    """What a delta's file holds, without the expert ids."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(".esft_expert_ids")}
 
 
 def tokens() -> Tensor:

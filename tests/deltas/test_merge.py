@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import metier
 from deltas.made import FAMILIES, assert_untouched, logits, made_adapter, made_base, rows_of, state, tokens
@@ -176,6 +176,10 @@ def test_an_expert_that_the_base_does_not_have_is_refused(tmp_path: Path, base_f
     path = tmp_path / "adapter" / "adapter_config.json"
     changes = {"experts": {"1": [1, 8], "2": [1, 3]}, "num_experts": None}
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    # the rows say it too, else the two files would not fit each other
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.1.mlp.experts.esft_expert_ids"] = torch.tensor([1, 8])
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         SelectionError, match=r"layers\.1: the delta replaces expert 8, but base '.*' has num_experts=8"
     ):

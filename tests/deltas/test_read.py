@@ -25,6 +25,7 @@ from tiny_models import tiny_model
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 UP = "base_model.model.model.layers.1.mlp.experts.esft_gate_up_proj"
+IDS = "base_model.model.model.layers.1.mlp.experts.esft_expert_ids"
 DOWN = "base_model.model.model.layers.1.mlp.experts.esft_down_proj"
 
 
@@ -244,8 +245,8 @@ def test_a_tensor_under_anothers_name(delta_folder: Path) -> None:
 
 
 def test_a_delta_of_a_later_format(delta_folder: Path) -> None:
-    rewrite_metadata(delta_folder, metier_delta="2", metier_version="7.0")
-    with pytest.raises(DeltaError, match=r"got a delta of format '2', expected '1'\.\nIt was written by metier 7\.0"):
+    rewrite_metadata(delta_folder, metier_delta="3", metier_version="7.0")
+    with pytest.raises(DeltaError, match=r"got a delta of format '3', expected '2'\.\nIt was written by metier 7\.0"):
         read_delta(delta_folder)
 
 
@@ -306,3 +307,47 @@ def test_a_bias_of_a_wrong_shape(tmp_path: Path) -> None:
 def test_a_dtype_that_rows_cannot_have(delta_folder: Path) -> None:
     change_tensors(delta_folder, lambda tensors: tensors.update({UP: tensors[UP].to(torch.int32)}))
     refused(delta_folder, "got dtype I32, expected one of F64, F32, BF16, F16")
+
+
+@pytest.mark.parametrize(
+    ("ids", "match"),
+    [
+        (None, r"layers\.1: esft_expert_ids: got no such tensor, expected I64 \[2\], which says which experts"),
+        (torch.tensor([1, 3], dtype=torch.int32), "got dtype I32|got I32"),
+        (torch.tensor([1.0, 3.0]), r"esft_expert_ids: got F32 \[2\], expected I64 \[2\]"),
+        (torch.tensor([1, 3, 4]), r"esft_expert_ids: got I64 \[3\], expected I64 \[2\]"),
+        (torch.tensor([[1, 3]]), r"esft_expert_ids: got I64 \[1, 2\], expected I64 \[2\]"),
+        (
+            torch.tensor([1, 4]),
+            r"layers\.1: the rows are those of experts \[1, 4\], but adapter_config.json says \[1, 3\]",
+        ),
+        (torch.tensor([3, 1]), r"layers\.1: the rows are those of experts \[3, 1\]"),
+        (torch.tensor([1, -3]), r"the rows are those of experts \[1, -3\]"),
+    ],
+)
+def test_rows_that_are_not_those_of_the_configurations_experts(
+    ids: Tensor | None, match: str, delta_folder: Path
+) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors[IDS]
+        if ids is not None:
+            tensors[IDS] = ids
+
+    change_tensors(delta_folder, change)
+    refused(delta_folder, match)
+
+
+def test_the_configuration_of_another_delta_that_peft_saved(tmp_path: Path) -> None:
+    """PEFT writes no sums and no metadata: the rows themselves say which experts they are."""
+    for name, experts in (("a", [1, 4]), ("b", [2, 3])):
+        made_adapter(tiny_model("deepseek_v2"), experts={1: experts}).save_pretrained(tmp_path / name)
+    (tmp_path / "a" / CONFIG_FILE).write_bytes((tmp_path / "b" / CONFIG_FILE).read_bytes())
+    refused(
+        tmp_path / "a", r"rows are those of experts \[1, 4\], but adapter_config\.json says \[2, 3\]\.\nOne of the two"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8])
+def test_rows_of_a_dtype_that_only_other_tensors_have(dtype: torch.dtype, delta_folder: Path) -> None:
+    change_tensors(delta_folder, lambda tensors: tensors.update({UP: tensors[UP].to(dtype)}))
+    refused(delta_folder, r"layers\.1: gate_up_proj: got dtype I\d+, expected one of F64, F32, BF16, F16")

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import metier
-from deltas.made import FAMILIES, assert_untouched, logits, made_adapter, made_base, rows_of, state
-from metier.deltas import save
+from deltas.made import FAMILIES, assert_untouched, logits, made_adapter, made_base, rows_of, state, stored_rows
+from metier.deltas import write
 from metier.deltas.save import save_delta
 from metier.errors import ConfigError, DeltaError
 from metier.methods.esft import EsftConfig
@@ -36,7 +36,7 @@ def test_a_delta_in_the_bases_dtype_answers_as_its_float32_masters_to_the_bit(fa
     save_delta(wrapped, tmp_path / "large", dtype=torch.float32)
     assert_untouched(wrapped.unload(), before)
     for name, dtype in (("small", torch.bfloat16), ("large", torch.float32)):
-        assert {t.dtype for t in load_file(tmp_path / name / TENSORS_FILE).values()} == {dtype}
+        assert {t.dtype for t in stored_rows(tmp_path / name).values()} == {dtype}
         loaded = peft.PeftModel.from_pretrained(metier.load(tmp_path / "base").model, tmp_path / name)
         assert torch.equal(logits(loaded.eval()), want)
 
@@ -44,7 +44,7 @@ def test_a_delta_in_the_bases_dtype_answers_as_its_float32_masters_to_the_bit(fa
 def test_float32_keeps_the_masters_to_the_bit(tmp_path: Path) -> None:
     wrapped = made_adapter(made_base(tmp_path / "base", dtype=torch.bfloat16).model)
     save_delta(wrapped, tmp_path / "adapter", dtype=torch.float32)
-    stored, masters = load_file(tmp_path / "adapter" / TENSORS_FILE), rows_of(wrapped)
+    stored, masters = stored_rows(tmp_path / "adapter"), rows_of(wrapped)
     assert stored.keys() == masters.keys()
     for name, master in masters.items():
         assert torch.equal(stored[name], master), name
@@ -59,7 +59,7 @@ def test_metadata_say_what_the_delta_is_and_hold_a_sum_of_every_tensor(delta_fol
     base = metier.load(base_folder).model
     assert metadata == {
         "format": "pt",
-        "metier_delta": "1",
+        "metier_delta": "2",
         "metier_version": metier.__version__,
         "peft_type": "ESFT",
         "base_fingerprint": fingerprint(base),
@@ -69,9 +69,33 @@ def test_metadata_say_what_the_delta_is_and_hold_a_sum_of_every_tensor(delta_fol
     }
     tensors = load_file(delta_folder / TENSORS_FILE)
     assert sums == {
-        name: hashlib.sha256(f"F32 {list(t.shape)}\n".encode() + t.numpy().tobytes()).hexdigest()
+        name: hashlib.sha256(
+            f"{'I64' if 'ids' in name else 'F32'} {list(t.shape)}\n".encode() + t.numpy().tobytes()
+        ).hexdigest()
         for name, t in tensors.items()
     }
+
+
+def test_the_file_says_of_each_layer_which_experts_its_rows_are(tmp_path: Path) -> None:
+    wrapped = made_adapter(made_base(tmp_path / "base").model, experts={1: [7, 0], 2: [3]})
+    save_delta(wrapped, tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter" / TENSORS_FILE)
+    ids = {name: tensor for name, tensor in stored.items() if name.endswith("esft_expert_ids")}
+    assert {name: tensor.tolist() for name, tensor in ids.items()} == {
+        "base_model.model.model.layers.1.mlp.experts.esft_expert_ids": [0, 7],
+        "base_model.model.model.layers.2.mlp.experts.esft_expert_ids": [3],
+    }
+    assert {tensor.dtype for tensor in ids.values()} == {torch.int64}
+
+
+def test_a_configuration_that_was_changed_behind_the_adapter_is_refused(tmp_path: Path) -> None:
+    wrapped = made_adapter(made_base(tmp_path / "base").model)
+    wrapped.peft_config["default"].experts = {1: [1, 4], 2: [1, 3]}
+    with pytest.raises(
+        DeltaError, match=r"layers\.1.*: adapter 'default' replaces experts \[1, 3\], but its conf.* says \[1, 4\]"
+    ):
+        save_delta(wrapped, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_the_same_delta_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -97,7 +121,7 @@ def test_an_adapter_is_saved_by_its_name_and_alone(tmp_path: Path) -> None:
     wrapped = made_adapter(made_base(tmp_path / "base").model)
     wrapped.add_adapter("second", EsftConfig(experts={2: [0, 5, 7]}))
     save_delta(wrapped, tmp_path / "adapter", adapter_name="second")
-    stored, masters = load_file(tmp_path / "adapter" / TENSORS_FILE), rows_of(wrapped, "second")
+    stored, masters = stored_rows(tmp_path / "adapter"), rows_of(wrapped, "second")
     assert stored.keys() == masters.keys()
     assert {t.shape[0] for t in stored.values()} == {3}
 
@@ -123,7 +147,7 @@ def test_a_save_that_breaks_off_leaves_the_former_delta(tmp_path: Path, monkeypa
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(save, "write_tensors", broken)
+    monkeypatch.setattr(write, "write_tensors", broken)
     with pytest.raises(OSError, match="No space left"):
         save_delta(wrapped, tmp_path / "adapter")
     assert (tmp_path / "adapter" / TENSORS_FILE).read_bytes() == former
@@ -149,9 +173,7 @@ def test_a_value_that_is_not_finite_in_the_files_dtype_is_refused(
     wrapped = made_adapter(made_base(tmp_path / "base").model)
     with torch.no_grad():
         next(iter(rows_of(wrapped).values()))[0, 0, 0] = value
-    with pytest.raises(
-        DeltaError, match=r"esft_\w+: adapter 'default' holds values that are not finite in torch\.float"
-    ):
+    with pytest.raises(DeltaError, match=r"esft_\w+: the rows hold values that are not finite in torch\.float"):
         save_delta(wrapped, tmp_path / "adapter", dtype=dtype)
     assert not (tmp_path / "adapter").exists()
 

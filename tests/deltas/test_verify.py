@@ -176,7 +176,7 @@ def test_another_shape_than_the_bases_fails(tmp_path: Path, base_folder: Path) -
 
     made_adapter(metier.load(base_folder).model, experts={1: [2]}).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    tensors = {UP: tensors[UP][:, :32].clone(), DOWN: tensors[DOWN][:, :, :16].clone()}
+    tensors |= {UP: tensors[UP][:, :32].clone(), DOWN: tensors[DOWN][:, :, :16].clone()}
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     report = verify(tmp_path, base_folder)
     assert failed(report) == {TENSORS}

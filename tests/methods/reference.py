@@ -17,6 +17,7 @@ def reference_experts(
     banks: list[ExpertBank],
     activation: Activation,
     is_transposed: bool,
+    output_norm: Activation | None = None,
 ) -> Tensor:
     """Every token's slots one by one, each with its own expert's matrices; gradients by autograd alone."""
     rows = [(bank, expert) for bank in banks for expert in range(bank.up.shape[0])]
@@ -34,6 +35,8 @@ def reference_experts(
             out_D = down @ activation(inner.unsqueeze(0)).squeeze(0)
             if bank.down_bias is not None:
                 out_D = out_D + bank.down_bias[expert]
+            if output_norm is not None:
+                out_D = output_norm(out_D.unsqueeze(0)).squeeze(0)
             total_D = total_D + weights_TK[token, slot] * out_D
         outputs.append(total_D)
     return torch.stack(outputs)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from methods.reference import reference_experts
 from metier.methods import low_rank
 from metier.methods.low_rank import LowRankBank, low_rank_experts
-from metier.methods.virtual_experts import ExpertBank
+from metier.methods.virtual_experts import Activation, ExpertBank
 
 HIDDEN, INNER, EXPERTS, TOP_K, RANK = 24, 10, 7, 3, 2
 
@@ -23,6 +23,11 @@ BF16_TOLERANCE = {"rtol": 4e-2, "atol": 4e-2}
 def gated(up_PU: Tensor) -> Tensor:
     gate, up = up_PU.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def normed(out_PD: Tensor) -> Tensor:
+    """As some families treat every expert's output."""
+    return out_PD * torch.rsqrt(out_PD.square().mean(-1, keepdim=True) + 0.1)
 
 
 LAYOUTS = {
@@ -76,7 +81,10 @@ def make_ids(num_tokens: int, pattern: str) -> Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("num_tokens", [1, 63, 257])
 @pytest.mark.parametrize("pattern", ["random", "all on one", "experts 0 and 1 empty"])
-def test_outputs_and_gradients_equal_loops_over_formed_weights(layout: str, num_tokens: int, pattern: str) -> None:
+@pytest.mark.parametrize("output_norm", [None, normed])
+def test_outputs_and_gradients_equal_loops_over_formed_weights(
+    layout: str, num_tokens: int, pattern: str, output_norm: Activation | None
+) -> None:
     torch.manual_seed(num_tokens)
     activation, width, transposed, bias = LAYOUTS[layout]
     base = make_base(width, transposed, bias, torch.float64)
@@ -87,10 +95,19 @@ def test_outputs_and_gradients_equal_loops_over_formed_weights(layout: str, num_
     inputs = [hidden, weights, *(tensor for bank in banks for tensor in bank.tensors())]
 
     fast = low_rank_experts(
-        hidden, ids, bank_ids, weights, base=base, banks=tuple(banks), activation=activation, is_transposed=transposed
+        hidden,
+        ids,
+        bank_ids,
+        weights,
+        base=base,
+        banks=tuple(banks),
+        activation=activation,
+        is_transposed=transposed,
+        output_norm=output_norm,
     )
     rows = [base, *(formed(base, bank, transposed) for bank in banks)]
-    slow = reference_experts(hidden, virtual_ids(ids, bank_ids, banks), weights, rows, activation, transposed)
+    virtual = virtual_ids(ids, bank_ids, banks)
+    slow = reference_experts(hidden, virtual, weights, rows, activation, transposed, output_norm)
     torch.testing.assert_close(fast, slow, **TOLERANCE)
     upstream = torch.randn_like(slow)
     slow_grads = torch.autograd.grad(slow, inputs, upstream, materialize_grads=True)
@@ -218,3 +235,34 @@ def test_no_product_is_as_large_as_a_weight(monkeypatch: pytest.MonkeyPatch) -> 
     out.sum().backward()
     assert sizes
     assert all(63 in size for size in sizes), sizes
+
+
+def test_the_masks_of_the_two_projections_are_not_the_same() -> None:
+    """Where both have as many inputs, one seed for both would drop the same places."""
+    torch.manual_seed(0)
+    drops: dict[str, Tensor] = {}
+    plain = low_rank.LowRankRows._dropped
+
+    def recorded(self: low_rank.LowRankRows, part: object, values: Tensor, projection: str) -> Tensor:
+        dropped = plain(self, part, values, projection)  # type: ignore[arg-type]
+        drops.setdefault(projection, dropped == 0)
+        return dropped
+
+    bank = LowRankBank((2,), (1.0,), *(torch.randn(1, *s) for s in ((RANK, 8), (8, RANK), (RANK, 8), (8, RANK))))
+    base = ExpertBank(torch.randn(EXPERTS, 8, 8), torch.randn(EXPERTS, 8, 8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(low_rank.LowRankRows, "_dropped", recorded)
+        low_rank_experts(
+            torch.randn(50, 8),
+            torch.full((50, 1), 2),
+            torch.zeros(50, dtype=torch.int64),
+            torch.ones(50, 1),
+            base=base,
+            banks=(bank,),
+            activation=F.gelu,
+            is_transposed=False,
+            dropout=0.5,
+        )
+    assert drops["up"].shape == drops["down"].shape
+    # two independent masks agree in half of the 400 places, give or take 5 deviations
+    assert 150 < (drops["up"] == drops["down"]).sum() < 250

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from methods.reference import reference_experts
-from metier.methods.virtual_experts import ExpertBank, virtual_experts
+from metier.methods.virtual_experts import Activation, ExpertBank, virtual_experts
 
 HIDDEN, INNER, EXPERTS, TOP_K = 24, 10, 7, 3
 
@@ -26,6 +26,11 @@ def gated(up_PU: Tensor) -> Tensor:
 def interleaved(up_PU: Tensor) -> Tensor:
     gate, up = up_PU[..., ::2].clamp(max=0.7), up_PU[..., 1::2]
     return (up + 1) * gate * torch.sigmoid(gate * 1.7)
+
+
+def normed(out_PD: Tensor) -> Tensor:
+    """As some families treat every expert's output."""
+    return out_PD * torch.rsqrt(out_PD.square().mean(-1, keepdim=True) + 0.1)
 
 
 def make_bank(num: int, *, width: int, transposed: bool, bias: bool, dtype: torch.dtype, grad: bool) -> ExpertBank:
@@ -57,7 +62,10 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("num_tokens", [1, 63, 257])
 @pytest.mark.parametrize("pattern", ["random", "all on one", "experts 0 and 1 empty"])
-def test_outputs_and_gradients_equal_plain_loops(layout: str, num_tokens: int, pattern: str) -> None:
+@pytest.mark.parametrize("output_norm", [None, normed])
+def test_outputs_and_gradients_equal_plain_loops(
+    layout: str, num_tokens: int, pattern: str, output_norm: Activation | None
+) -> None:
     torch.manual_seed(num_tokens)
     options = dict(LAYOUTS[layout])
     activation = options.pop("activation")
@@ -69,9 +77,17 @@ def test_outputs_and_gradients_equal_plain_loops(layout: str, num_tokens: int, p
     inputs = [hidden, weights, *(t for delta in deltas for t in delta.tensors() if t is not None)]
 
     fast = virtual_experts(
-        hidden, ids, ids, weights, base=base, deltas=deltas, activation=activation, is_transposed=options["transposed"]
+        hidden,
+        ids,
+        ids,
+        weights,
+        base=base,
+        deltas=deltas,
+        activation=activation,
+        is_transposed=options["transposed"],
+        output_norm=output_norm,
     )
-    slow = reference_experts(hidden, ids, weights, [base, *deltas], activation, options["transposed"])
+    slow = reference_experts(hidden, ids, weights, [base, *deltas], activation, options["transposed"], output_norm)
     torch.testing.assert_close(fast, slow, **TOLERANCE)
     upstream = torch.randn_like(slow)
     slow_grads = torch.autograd.grad(slow, inputs, upstream, allow_unused=True)

@@ -12,15 +12,20 @@ from collections.abc import Iterable, Mapping, Sequence
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
+COMPRESSED_FILE = "compressed_delta.safetensors"
+"""In place of `TENSORS_FILE` where a delta is compressed."""
 
 METHOD = "ESFT"
 """The `peft_type` of the deltas that are read, verified and merged."""
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+COMPRESSED_VERSION = "1"
 
 NAME_PREFIX = "base_model.model."
 """What PEFT puts before every path of the base."""
 ROWS_PREFIX = "esft_"
 """What stands before the base parameter's name in the name of its rows."""
+EXPERT_IDS = "expert_ids"
+"""What stands in a parameter's place in the name of the tensor that says which experts a layer's rows are."""
 
 HEADER_SUM = "header_sha256"
 METADATA_KEYS = frozenset(

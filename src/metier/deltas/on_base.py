@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
 
+from metier.deltas.adapter_config import AdapterConfig
 from metier.deltas.format import rows_name
 from metier.deltas.read import Delta
 from metier.errors import BaseMismatchError, CorruptDeltaError, SelectionError
@@ -14,7 +17,17 @@ from metier.models.fingerprint import fingerprint
 from metier.models.moe import moe_layers
 
 
-def check_fingerprint(delta: Delta, model: nn.Module, base_name: str) -> None:
+class Configured(Protocol):
+    """A delta in a folder, compressed or not."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def config(self) -> AdapterConfig: ...
+
+
+def check_fingerprint(delta: Configured, model: nn.Module, base_name: str) -> None:
     """Raise a BaseMismatchError if `delta` was trained on another base, or does not say on which."""
     expected, got = delta.config.base_fingerprint, fingerprint(model)
     if expected is None:
@@ -29,7 +42,7 @@ def check_fingerprint(delta: Delta, model: nn.Module, base_name: str) -> None:
         )
 
 
-def check_experts(delta: Delta, model: nn.Module, base_name: str) -> None:
+def check_experts(delta: Configured, model: nn.Module, base_name: str) -> None:
     """Raise a SelectionError if a selected layer or expert is none of the base's."""
     layers = {layer.index: layer for layer in moe_layers(model)}
     for index, ids in delta.config.experts.items():

@@ -2,8 +2,8 @@
 
 A delta that `save_delta` wrote carries sums over all its content, so no altered byte goes unseen but in the padding
 of the header, where there is nothing to alter, and in the notes of `adapter_config.json` (its names and versions),
-which may be edited. One that PEFT's own `save_pretrained` wrote has no sums: its tensors are checked against its
-configuration alone.
+which may be edited. One that PEFT's own `save_pretrained` wrote has no sums: its tensors, which say what experts
+they are, are checked against its configuration alone.
 """
 
 # k selected experts of a layer, D hidden_size, F moe_intermediate_size, U = 2F where experts are gated, else F
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from metier.deltas.adapter_config import DAMAGED, AdapterConfig, read_adapter_config
 from metier.deltas.format import (
+    EXPERT_IDS,
     FORMAT_VERSION,
     HEADER_SUM,
     METADATA_KEYS,
@@ -26,7 +27,14 @@ from metier.deltas.format import (
     header_sum,
     rows_name,
 )
-from metier.deltas.tensors_file import StoredTensor, read_header, stored_sum
+from metier.deltas.tensors_file import (
+    DTYPES,
+    IDS_DTYPE,
+    StoredTensor,
+    read_header,
+    stored_integers,
+    stored_sum,
+)
 from metier.errors import CorruptDeltaError, DeltaError
 
 if TYPE_CHECKING:
@@ -47,6 +55,7 @@ class Delta:
     folder: Path
     config: AdapterConfig
     tensors: dict[str, StoredTensor]
+    """The rows, without the expert ids."""
     metadata: dict[str, str]
     """Of the safetensors file."""
 
@@ -69,6 +78,7 @@ class Delta:
         for layer, path in self.config.paths.items():
             start = rows_name(path, "")
             rows[layer] = {name.removeprefix(start): t for name, t in loaded.items() if name.startswith(start)}
+            del rows[layer][EXPERT_IDS]
         return rows
 
 
@@ -84,15 +94,18 @@ def read_delta(folder: str | Path) -> Delta:
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
-    tensors, metadata = read_header(folder)
+    stored, metadata = read_header(folder)
     where = folder / TENSORS_FILE
-    if set(metadata) <= {"format"}:  # PEFT's own save_pretrained
-        _check_tensors(where, tensors, config)
-    else:
+    has_sums = not set(metadata) <= {"format"}  # else PEFT's own save_pretrained wrote it
+    if has_sums:
         _check_metadata(where, metadata, config)
-        _check_tensors(where, tensors, config)
-        _check_sums(folder, tensors, metadata)
-    return Delta(folder=folder, config=config, tensors=tensors, metadata=metadata)
+    ids = {rows_name(path, EXPERT_IDS) for path in config.paths.values()}
+    rows = {name: tensor for name, tensor in stored.items() if name not in ids}
+    _check_tensors(where, rows, config)
+    _check_ids(where, stored, config)
+    if has_sums:
+        check_sums(where, stored, metadata)
+    return Delta(folder=folder, config=config, tensors=rows, metadata=metadata)
 
 
 def _check_metadata(where: Path, metadata: dict[str, str], config: AdapterConfig) -> None:
@@ -140,9 +153,32 @@ def _check_tensors(where: Path, tensors: dict[str, StoredTensor], config: Adapte
         )
 
 
+def _check_ids(where: Path, stored: dict[str, StoredTensor], config: AdapterConfig) -> None:
+    """Each selected layer says which experts its rows are, and they are the configuration's."""
+    for layer, path in config.paths.items():
+        ids = stored.get(rows_name(path, EXPERT_IDS))
+        expected = list(config.experts[layer])
+        if ids is None or ids.dtype != IDS_DTYPE or ids.shape != (len(expected),):
+            got = "no such tensor" if ids is None else f"{ids.dtype} {list(ids.shape)}"
+            raise CorruptDeltaError(
+                f"{where}: layers.{layer}: {ROWS_PREFIX}{EXPERT_IDS}: got {got}, expected {IDS_DTYPE} "
+                f"[{len(expected)}], which says which experts the rows are.\n{DAMAGED}"
+            )
+        got_ids = stored_integers(where, ids)
+        if got_ids != expected:
+            raise CorruptDeltaError(
+                f"{where}: layers.{layer}: the rows are those of experts {got_ids}, but adapter_config.json says "
+                f"{expected}.\nOne of the two files was altered or comes from another delta; copy both again."
+            )
+
+
 def _check_shapes(where: str, rows: dict[str, StoredTensor], num_selected: int) -> None:
     shapes = {name: tensor.shape for name, tensor in rows.items()}
     for name, shape in shapes.items():
+        if rows[name].dtype not in DTYPES:
+            raise CorruptDeltaError(
+                f"{where}: {name}: got dtype {rows[name].dtype}, expected one of {', '.join(DTYPES)}.\n{DAMAGED}"
+            )
         num_axes = 2 if name.endswith("_bias") else 3
         if len(shape) != num_axes or shape[0] != num_selected or 0 in shape:
             raise CorruptDeltaError(
@@ -168,14 +204,15 @@ def _bias_fits(shapes: dict[str, tuple[int, ...]], up_name: str, up_size: int, h
     return shapes[f"{up_name}_bias"][1] == up_size and shapes["down_proj_bias"][1] == hidden_size
 
 
-def _check_sums(folder: Path, tensors: dict[str, StoredTensor], metadata: dict[str, str]) -> None:
+def check_sums(where: Path, tensors: dict[str, StoredTensor], metadata: dict[str, str]) -> None:
+    """Raise a CorruptDeltaError unless the tensors of a file are those whose sums its metadata have."""
     sums = json.loads(metadata["sha256"])
     for name in sorted(tensors.keys() | sums.keys()):
         expected = sums.get(name)
-        got = stored_sum(folder, tensors[name]) if name in tensors else None
+        got = stored_sum(where, tensors[name]) if name in tensors else None
         if got != expected:
             raise CorruptDeltaError(
-                f"{folder / TENSORS_FILE}: {name}: got sha256 {_digits(got)}, expected {_digits(expected)}.\n{DAMAGED}"
+                f"{where}: {name}: got sha256 {_digits(got)}, expected {_digits(expected)}.\n{DAMAGED}"
             )
 
 

@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
 
-from metier import __version__
-from metier.deltas.card import delta_card
-from metier.deltas.format import (
-    CARD_FILE,
-    CONFIG_FILE,
-    FORMAT_VERSION,
-    HEADER_SUM,
-    METHOD,
-    TENSORS_FILE,
-    experts_text,
-    header_sum,
-    rows_name,
-    tensor_sum,
-)
-from metier.deltas.tensors_file import StoredTensor, write_tensors
-from metier.deltas.whole_folder import check_replaceable, written_whole
+from metier.deltas.format import rows_name
+from metier.deltas.write import DTYPE_NAMES, as_saved, check_delta_folder, expert_ids, write_delta
 from metier.errors import ConfigError, DeltaError
 from metier.methods.esft import EsftConfig, EsftExperts
-from metier.models.moe import moe_layers
-
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-_Row = tuple[StoredTensor, memoryview]
 
 
 def save_delta(
@@ -50,26 +31,15 @@ def save_delta(
 
     Raises:
         ConfigError: `dtype` is not one that a delta can have, or `folder` holds other things.
-        DeltaError: the model has no such adapter, it is not an ESFT adapter, or a row is not finite in `dtype`.
+        DeltaError: the model has no such adapter, it is not an ESFT adapter, its configuration names other experts
+            than it replaces, or a row is not finite in `dtype`.
     """
     folder = Path(folder)
-    if dtype is not None and dtype not in _DTYPE_NAMES:
-        raise ConfigError(f"dtype: got {dtype}, expected one of {', '.join(map(str, _DTYPE_NAMES))}, or None.")
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise ConfigError(f"dtype: got {dtype}, expected one of {', '.join(map(str, DTYPE_NAMES))}, or None.")
     config = _config(model, adapter_name)
-    check_replaceable(
-        folder,
-        known=frozenset({CONFIG_FILE, TENSORS_FILE, CARD_FILE}),
-        marker=CONFIG_FILE,
-        what="a former delta",
-    )
-    tensors = _rows(model, adapter_name, dtype)
-    assert config.experts is not None, "EsftConfig refuses to be made without experts"
-    with written_whole(folder) as new:
-        config.save_pretrained(str(new))
-        write_tensors(new / TENSORS_FILE, tensors, _metadata(model, config, tensors))
-        base = config.base_model_name_or_path or "unknown"
-        card = delta_card(base=base, fingerprint=config.base_fingerprint, experts=config.experts)
-        (new / CARD_FILE).write_text(card, encoding="utf-8")
+    check_delta_folder(folder)
+    write_delta(folder, model=model, config=config, rows=_rows(model, config, adapter_name, dtype))
 
 
 def _config(model: PeftModel, adapter_name: str) -> EsftConfig:
@@ -85,51 +55,23 @@ def _config(model: PeftModel, adapter_name: str) -> EsftConfig:
             f"save_delta: adapter {adapter_name!r} is {type(config).__name__}, expected EsftConfig.\n"
             "Save adapters of PEFT's own methods with `model.save_pretrained`."
         )
-    config = copy.deepcopy(config)
-    config.inference_mode = True
-    base = model.get_base_model()
-    config.base_model_name_or_path = config.base_model_name_or_path or getattr(base, "name_or_path", None) or None
-    if config.task_type is None:
-        # AutoPeftModel finds the base's class by this, as PEFT's own save_pretrained has it
-        config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-    return config
+    return as_saved(copy.deepcopy(config), model.get_base_model())
 
 
-def _rows(model: PeftModel, adapter_name: str, dtype: torch.dtype | None) -> dict[str, _Row]:
+def _rows(model: PeftModel, config: EsftConfig, adapter_name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The adapter's rows by stored name, on the CPU, in the dtype to store."""
     dtypes: dict[str, torch.dtype] = {}
     for layer in model.modules():
         if isinstance(layer, EsftExperts):
             # what the forward pass casts all of a layer's rows to
             served = getattr(layer.base_layer, layer.base_names[0]).dtype
             dtypes |= {rows_name(layer.path, name): dtype or served for name in layer.base_names}
-    rows = {}
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    for name, tensor in sorted(state.items()):
-        stored = tensor.detach().to("cpu", dtypes[name]).contiguous()
-        if not torch.isfinite(stored).all():
+    for name, ids in expert_ids(config).items():
+        got = state.pop(name).tolist()
+        if got != ids.tolist():
             raise DeltaError(
-                f"{name}: adapter {adapter_name!r} holds values that are not finite in {stored.dtype}; nothing was "
-                "saved.\nIf the run diverged, lower its learning rate; if only the dtype is too narrow, save with "
-                "dtype=torch.float32."
+                f"{name}: adapter {adapter_name!r} replaces experts {got}, but its configuration says {ids.tolist()}; "
+                "nothing was saved.\nLeave `peft_config` as it was when the adapter was made."
             )
-        data = stored.reshape(-1).view(torch.uint8).numpy().data
-        rows[name] = (StoredTensor(dtype=_DTYPE_NAMES[stored.dtype], shape=tuple(stored.shape)), data)
-    return rows
-
-
-def _metadata(model: PeftModel, config: EsftConfig, tensors: Mapping[str, _Row]) -> dict[str, str]:
-    assert config.experts is not None, "EsftConfig refuses to be made without experts"
-    layers = moe_layers(model)
-    expert_parameters = sum(getattr(x.experts, name).numel() for x in layers for name in x.parameter_names())
-    metadata = {
-        "format": "pt",
-        "metier_delta": FORMAT_VERSION,
-        "metier_version": __version__,
-        "peft_type": METHOD,
-        "base_fingerprint": str(config.base_fingerprint),
-        "base_expert_parameters": str(expert_parameters),
-        "num_experts": str(config.num_experts),
-        "experts": experts_text(config.experts),
-        "sha256": json.dumps({name: tensor_sum(x.dtype, x.shape, [data]) for name, (x, data) in tensors.items()}),
-    }
-    return {**metadata, HEADER_SUM: header_sum(metadata)}
+    return {name: tensor.detach().to("cpu", dtypes[name]) for name, tensor in state.items()}

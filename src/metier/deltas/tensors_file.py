@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from metier.deltas.adapter_config import DAMAGED
-from metier.deltas.format import TENSORS_FILE, tensor_sum
+from metier.deltas.format import COMPRESSED_FILE, TENSORS_FILE, tensor_sum
 from metier.errors import CorruptDeltaError
 
 _CHUNK_BYTES = 1 << 24
 DTYPES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-"""Bytes of an item, by the dtypes that a delta may have."""
+"""Bytes of an item, by the dtypes that rows may have."""
+IDS_DTYPE = "I64"
+_ITEM_BYTES = {**DTYPES, IDS_DTYPE: 8, "I8": 1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +33,7 @@ class StoredTensor:
     """One tensor of a safetensors file, without its values."""
 
     dtype: str
-    """As safetensors spells it: F32, BF16, F16 or F64."""
+    """As safetensors spells it: F32, BF16, F16 or F64; I64 for expert ids."""
     shape: tuple[int, ...]
     first_byte: int = 0
     """In the file, not in its data part."""
@@ -53,7 +56,7 @@ def write_tensors(path: Path, tensors: Mapping[str, tuple[StoredTensor, memoryvi
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     # the widest dtypes first, so that every tensor begins at a multiple of its item size
-    ordered = sorted(tensors.items(), key=lambda item: (-DTYPES[item[1][0].dtype], item[0]))
+    ordered = sorted(tensors.items(), key=lambda item: (-_ITEM_BYTES[item[1][0].dtype], item[0]))
     offset = 0
     for name, (tensor, data) in ordered:
         header[name] = {
@@ -74,14 +77,26 @@ def read_header(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """All tensors of a delta by name, and the file's metadata.
 
     Raises:
-        CorruptDeltaError: the file is missing, is no safetensors file, is truncated, or holds a tensor that is not of
-            a floating-point dtype.
+        CorruptDeltaError: the file is missing, or as `read_file_header`.
     """
     path = folder / TENSORS_FILE
+    if (folder / COMPRESSED_FILE).is_file():
+        raise CorruptDeltaError(
+            f"{folder}: got a compressed delta, expected {TENSORS_FILE}.\nDecompress it first: metier decompress."
+        )
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         got = "adapter_model.bin, a pickle, which can run code when it is read" if pickled else "no such file"
         raise CorruptDeltaError(f"{path}: got {got}, expected the delta's tensors as safetensors.\n{DAMAGED}")
+    return read_file_header(path)
+
+
+def read_file_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """All tensors of a safetensors file by name, and its metadata.
+
+    Raises:
+        CorruptDeltaError: it is no safetensors file, is truncated, or holds a tensor of a dtype that no delta has.
+    """
     try:
         with safe_open(path, framework="np") as file:
             names = set(file.keys())
@@ -92,7 +107,7 @@ def read_header(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     assert header.keys() == names, "safetensors and json read other names in one header"
     tensors = {}
     for name, entry in sorted(header.items()):
-        if entry["dtype"] not in DTYPES:
+        if entry["dtype"] not in _ITEM_BYTES:
             raise CorruptDeltaError(
                 f"{path}: {name}: got dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}.\n{DAMAGED}"
             )
@@ -106,9 +121,17 @@ def read_header(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     return tensors, metadata
 
 
-def stored_sum(folder: Path, tensor: StoredTensor) -> str:
+def stored_integers(path: Path, tensor: StoredTensor) -> list[int]:
+    """The values of a tensor of dtype I64 and one axis."""
+    with path.open("rb") as file:
+        file.seek(tensor.first_byte)
+        data = file.read(tensor.end_byte - tensor.first_byte)
+    return [value for (value,) in struct.iter_unpack("<q", data)]
+
+
+def stored_sum(path: Path, tensor: StoredTensor) -> str:
     """`tensor_sum` of what lies in the file."""
-    with (folder / TENSORS_FILE).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         return tensor_sum(tensor.dtype, tensor.shape, _chunks(mapped, tensor))
 
 

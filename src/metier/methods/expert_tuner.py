@@ -11,7 +11,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from metier.errors import BaseMismatchError, CorruptDeltaError, DeltaError, SelectionError
+from metier.errors import BaseMismatchError, DeltaError, SelectionError
+from metier.methods.adapter_state import checked_state, with_expert_ids
 from metier.models.fingerprint import fingerprint
 from metier.models.moe import MoELayer, moe_layers
 
@@ -146,30 +147,29 @@ class ExpertTuner(BaseTuner):
                 layer.set_requests(None)
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """What PEFT saves: the rows, and which experts they are."""
+        rows: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        return with_expert_ids(model, adapter_name, rows)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's own remapping, then a check that nothing is missing, foreign or of another shape.
-
-        PEFT loads with `strict=False` and warns; a delta with a tensor too few would quietly serve base experts.
-        """
+        """What PEFT loads: the rows under the model's names, checked to be all of this adapter's and no others."""
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        wanted = {
-            name: tuple(p.shape)
-            for name, p in model.named_parameters()
-            if f".{cls.prefix}" in name and name.endswith(f".{adapter_name}")
-        }
-        for name in sorted(wanted.keys() | remapped.keys()):
-            got = tuple(remapped[name].shape) if name in remapped else None
-            if got != wanted.get(name):
-                raise CorruptDeltaError(
-                    f"{name}: the delta holds {'no such tensor' if got is None else f'shape {got}'}, expected "
-                    f"{'no such tensor' if name not in wanted else f'shape {wanted[name]}'} by its configuration.\n"
-                    "The file is truncated or belongs to another adapter_config.json; nothing was loaded."
-                )
-        return remapped
+        return checked_state(model, adapter_name, remapped)
 
 
 def _check_experts(index: int, ids: list[int], layers: dict[int, MoELayer], base: str) -> None:

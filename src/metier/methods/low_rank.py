@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metier.methods.bank_passes import ExpertsBackward, bank_forward
+from metier.methods.expert_bank import Activation, ExpertBank, ExpertsLayer
 from metier.methods.pairs import PairOrder, block_rows, order_pairs, token_chunks
-from metier.methods.virtual_experts import Activation, ExpertBank, ExpertsBackward, ExpertsLayer, bank_forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ def low_rank_experts(
     activation: Activation,
     is_transposed: bool,
     dropout: float = 0.0,
+    output_norm: Activation | None = None,
 ) -> Tensor:
     """Sum over a token's slots of `routing weight * expert(hidden)`, its bank's changes added to the expert's weights.
 
@@ -68,6 +70,7 @@ def low_rank_experts(
         banks: any number.
         activation: elementwise over rows, differentiable by autograd.
         is_transposed: layout of the base's weights; the banks' is as documented above for every family.
+        output_norm: what the family does to each expert's output before it is weighted, differentiable; frozen.
         dropout: share of each thin product's inputs that is set to 0, the rest being scaled up; 0 where there is none.
 
     Returns:
@@ -77,7 +80,7 @@ def low_rank_experts(
     """
     keys_TK = _keys(expert_ids_TK, bank_ids_T, banks, base.up.shape[0])
     seed = int(torch.randint(2**62, (1,))) if dropout else 0
-    call = _Call(ExpertsLayer(base, activation, is_transposed), banks, dropout, seed)
+    call = _Call(ExpertsLayer(base, activation, is_transposed, output_norm), banks, dropout, seed)
     flat = tuple(tensor for bank in banks for tensor in bank.tensors())
     out_TD: Tensor = _LowRankExperts.apply(hidden_TD, routing_weights_TK, (expert_ids_TK, keys_TK), call, *flat)
     return out_TD
@@ -167,7 +170,7 @@ class _LowRankExperts(torch.autograd.Function):
 
 
 class LowRankRows:
-    """The thin products over the changed rows of one pass; `virtual_experts.LowRank` says what each method is for."""
+    """The thin products over the changed rows of one pass; `expert_bank.LowRank` says what each method is for."""
 
     def __init__(self, call: _Call, bounds: tuple[int, ...], matrices: list[list[Tensor]]) -> None:
         self.call, self.bounds, self.matrices = call, bounds, matrices

@@ -14,41 +14,16 @@ The base bank's backward computes the input gradient alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metier.methods.grouped import grouped_matmul, grouped_outer, grouped_repeat, grouped_sum
-from metier.methods.pairs import PairOrder, block_rows, order_pairs, segments, token_chunks
+from metier.methods.bank_passes import ExpertsBackward, bank_forward
+from metier.methods.expert_bank import Activation, ExpertBank, ExpertsLayer
+from metier.methods.pairs import block_rows, order_pairs, token_chunks
 
-Activation = Callable[[Tensor], Tensor]
-"""(P, U) → (P, F), row by row: the gate of the family, or its plain activation function."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertBank:
-    """A stack of experts: `up` then `down`, each with its bias where the family has biases."""
-
-    up: Tensor
-    """(E, U, D), or (E, D, U) where transposed."""
-    down: Tensor
-    """(E, D, F), or (E, F, D) where transposed."""
-    up_bias: Tensor | None = None
-    """(E, U)"""
-    down_bias: Tensor | None = None
-    """(E, D)"""
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return (self.up, self.down, self.up_bias, self.down_bias)
-
-    def to(self, dtype: torch.dtype) -> ExpertBank:
-        up_bias = None if self.up_bias is None else self.up_bias.detach().to(dtype)
-        down_bias = None if self.down_bias is None else self.down_bias.detach().to(dtype)
-        return ExpertBank(self.up.detach().to(dtype), self.down.detach().to(dtype), up_bias, down_bias)
+__all__ = ["Activation", "ExpertBank", "virtual_experts"]
 
 
 def virtual_experts(
@@ -61,6 +36,7 @@ def virtual_experts(
     deltas: tuple[ExpertBank, ...],
     activation: Activation,
     is_transposed: bool,
+    output_norm: Activation | None = None,
 ) -> Tensor:
     """Sum over a token's slots of `routing weight * expert(hidden)`, each slot's expert taken from the bank it names.
 
@@ -77,56 +53,15 @@ def virtual_experts(
         base: frozen; never gets a gradient.
         activation: elementwise over rows, differentiable by autograd.
         is_transposed: layout of all banks.
+        output_norm: what the family does to each expert's output before it is weighted, differentiable; frozen.
 
     Returns:
         (T, D) in the dtype of `hidden_TD`.
     """
     flat = tuple(tensor for delta in deltas for tensor in delta.tensors())
-    layer = ExpertsLayer(base, activation, is_transposed)
+    layer = ExpertsLayer(base, activation, is_transposed, output_norm)
     out_TD: Tensor = _VirtualExperts.apply(hidden_TD, routing_weights_TK, (expert_ids_TK, virtual_ids_TK), layer, *flat)
     return out_TD
-
-
-class LowRank(Protocol):
-    """What a bank adds to its weights, group by group, without forming their sum (`low_rank.py`).
-
-    Each method gets the rows of the groups `first` to `last - 1`, and writes into its last argument or keeps
-    gradients to itself.
-    """
-
-    def add_up(self, first: int, last: int, rows_PD: Tensor, up_PU: Tensor) -> None: ...
-
-    def add_down(self, first: int, last: int, inner_PF: Tensor, out_PD: Tensor) -> None: ...
-
-    def add_inner_gradient(self, first: int, last: int, grad_PD: Tensor, grad_inner_PF: Tensor) -> None: ...
-
-    def add_row_gradient(self, first: int, last: int, grad_up_PU: Tensor, grad_rows_PD: Tensor) -> None: ...
-
-    def keep_gradients(
-        self, first: int, last: int, rows_PD: Tensor, grad_up_PU: Tensor, inner_PF: Tensor, grad_PD: Tensor
-    ) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertsLayer:
-    """What all banks of a layer have in common, and the base."""
-
-    base: ExpertBank
-    activation: Activation
-    is_transposed: bool
-
-    def up(self, bank: ExpertBank) -> Tensor:
-        """(E, D, U)"""
-        return bank.up if self.is_transposed else bank.up.mT
-
-    def down(self, bank: ExpertBank) -> Tensor:
-        """(E, F, D)"""
-        return bank.down if self.is_transposed else bank.down.mT
-
-    def bounds(self, order: PairOrder, banks: list[ExpertBank]) -> list[tuple[int, ...]]:
-        """For each bank the part of `order.bounds` that is its own."""
-        ends = list(accumulate((bank.up.shape[0] for bank in banks), initial=0))
-        return [order.bounds[ends[i] : ends[i + 1] + 1] for i in range(len(banks))]
 
 
 def _unflatten(flat: tuple[Tensor | None, ...]) -> list[ExpertBank]:
@@ -189,109 +124,3 @@ class _VirtualExperts(torch.autograd.Function):
             grad_weights_TK = back.weight_P[order.row_TK] if wants_weights else None
         grads_flat = [None if g is None else g.to(t.dtype) for g, t in zip(grads_flat, flat, strict=True)]
         return grad_hidden_TD, grad_weights_TK, None, None, *grads_flat
-
-
-def bank_forward(
-    layer: ExpertsLayer,
-    bank: ExpertBank,
-    bounds: tuple[int, ...],
-    order: PairOrder,
-    inputs_TD: Tensor,
-    out_PD: Tensor,
-    *,
-    keeps: bool,
-    low_rank: LowRank | None = None,
-) -> Tensor | None:
-    """One bank's rows through its experts, written to their place in `out_PD`; returns the up projection's output."""
-    up_EDU, down_EFD = layer.up(bank), layer.down(bank)
-    kept_PU = inputs_TD.new_empty(bounds[-1] - bounds[0], up_EDU.shape[-1]) if keeps else None
-    for first, last in segments(bounds, inputs_TD.device):
-        cut = bounds[first : last + 1]
-        rows_PD = inputs_TD[order.token_P[cut[0] : cut[-1]]]
-        place_PU = None if kept_PU is None else kept_PU[cut[0] - bounds[0] : cut[-1] - bounds[0]]
-        up_PU = grouped_matmul(rows_PD, up_EDU[first:last], cut, place_PU)
-        if bank.up_bias is not None:
-            up_PU.add_(grouped_repeat(bank.up_bias[first:last], cut))
-        if low_rank is not None:
-            low_rank.add_up(first, last, rows_PD, up_PU)
-        place_PD, inner_PF = out_PD[cut[0] : cut[-1]], layer.activation(up_PU)
-        grouped_matmul(inner_PF, down_EFD[first:last], cut, place_PD)
-        if low_rank is not None:
-            low_rank.add_down(first, last, inner_PF, place_PD)
-        if bank.down_bias is not None:
-            place_PD.add_(grouped_repeat(bank.down_bias[first:last], cut))
-    return kept_PU
-
-
-class ExpertsBackward:
-    """The backward pass of one layer, bank by bank; collects the gradients of the rows and of the routing weights."""
-
-    def __init__(
-        self, layer: ExpertsLayer, order: PairOrder, grad_TD: Tensor, routing_weight_P: Tensor, wants_hidden: bool
-    ) -> None:
-        self.layer, self.order, self.grad_TD, self.routing_weight_P = layer, order, grad_TD, routing_weight_P
-        self.weight_P = torch.zeros_like(routing_weight_P)
-        self.rows_PD = grad_TD.new_empty(len(order.token_P), grad_TD.shape[-1]) if wants_hidden else None
-
-    def run(
-        self,
-        bank: ExpertBank,
-        bounds: tuple[int, ...],
-        kept_PU: Tensor,
-        inputs_TD: Tensor | None,
-        grads: list[Tensor | None],
-        low_rank: LowRank | None = None,
-    ) -> None:
-        """Write one bank's part; `grads` are places for those of `up, down, up_bias, down_bias` that are wanted.
-
-        With `out = W inner + b` the routing weight's gradient is `<grad, out> = <W.T grad, inner> + <grad, b>`, and
-        `W.T grad` is wanted anyway: so the down projection's output is neither kept nor computed again.
-        """
-        up_EDU, down_EFD = self.layer.up(bank), self.layer.down(bank)
-        for first, last in segments(bounds, kept_PU.device):
-            cut = bounds[first : last + 1]
-            part, token_P = slice(cut[0], cut[-1]), self.order.token_P[cut[0] : cut[-1]]
-            grad_PD = self.grad_TD[token_P]
-            grad_inner_PF = grouped_matmul(grad_PD, down_EFD[first:last].mT, cut)
-            if low_rank is not None:
-                low_rank.add_inner_gradient(first, last, grad_PD, grad_inner_PF)
-            with torch.enable_grad():
-                up_PU = kept_PU[cut[0] - bounds[0] : cut[-1] - bounds[0]].detach().requires_grad_()
-                inner_PF = self.layer.activation(up_PU)
-            self.weight_P[part] = (grad_inner_PF * inner_PF.detach()).sum(-1, dtype=self.weight_P.dtype)
-            if bank.down_bias is not None:
-                bias_PD = grouped_repeat(bank.down_bias[first:last], cut)
-                self.weight_P[part] += (grad_PD * bias_PD).sum(-1, dtype=self.weight_P.dtype)
-            # 0 in filling rows: from here on they weigh nothing
-            weight_P1 = self.routing_weight_P[part].to(grad_PD.dtype).unsqueeze(-1)
-            (grad_up_PU,) = torch.autograd.grad(inner_PF, up_PU, grad_inner_PF.mul_(weight_P1))
-            if self.rows_PD is not None:
-                grouped_matmul(grad_up_PU, up_EDU[first:last].mT, cut, self.rows_PD[part])
-                if low_rank is not None:
-                    low_rank.add_row_gradient(first, last, grad_up_PU, self.rows_PD[part])
-            if low_rank is not None and inputs_TD is not None:
-                low_rank.keep_gradients(
-                    first, last, inputs_TD[token_P], grad_up_PU, inner_PF.detach(), grad_PD * weight_P1
-                )
-            places = [None if grad is None else grad[first:last] for grad in grads]
-            if places[0] is not None:
-                assert inputs_TD is not None, "a trained bank's forward pass keeps the layer's input"
-                grouped_outer(grad_up_PU, inputs_TD[token_P], cut, self._as_stored(places[0]))
-            if places[1] is not None:
-                grouped_outer(grad_PD * weight_P1, inner_PF.detach(), cut, self._as_stored(places[1]))
-            if places[2] is not None:
-                grouped_sum(grad_up_PU, cut, places[2])
-            if places[3] is not None:
-                grouped_sum(grad_PD * weight_P1, cut, places[3])
-
-    def summed_over_slots(self) -> Tensor:
-        """Gradient of the layer's input, (T, D)."""
-        assert self.rows_PD is not None, "asked for only where the input wants a gradient"
-        out_TD = torch.empty_like(self.grad_TD)
-        for part in token_chunks(len(out_TD), out_TD.device):
-            torch.sum(self.rows_PD[self.order.row_TK[part]], dim=1, out=out_TD[part])
-        return out_TD
-
-    def _as_stored(self, grad_E: Tensor) -> Tensor:
-        """A weight's gradient as (E, outputs, inputs), whatever its layout."""
-        return grad_E.mT if self.layer.is_transposed else grad_E

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from peft import PeftConfig
 
 from metier.errors import SelectionError
+from metier.methods.expert_ids import expert_ids_by_layer
 from metier.methods.peft_types import MetierPeftType
 from metier.routing.selection import ExpertSelection
 
@@ -36,7 +37,7 @@ class EsftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MetierPeftType.ESFT
-        self.experts = _normalised(self.experts)
+        self.experts = expert_ids_by_layer(self.experts, type(self).__name__)
 
     @classmethod
     def from_selection(cls, selection: ExpertSelection) -> EsftConfig:
@@ -53,25 +54,3 @@ class EsftConfig(PeftConfig):
                 "Set both to false."
             )
         return cls(experts={layer: list(ids) for layer, ids in selection.experts.items()})
-
-
-def _normalised(experts: object) -> dict[int, list[int]]:
-    if not isinstance(experts, dict) or not any(experts.values()):
-        raise SelectionError(
-            f"EsftConfig(experts=…): got {experts!r}, expected a mapping of decoder layers to expert ids with at least "
-            "one expert, such as {1: [8, 26]}.\nMake one with metier.select(), or EsftConfig.from_selection()."
-        )
-    normalised: dict[int, list[int]] = {}
-    for layer, ids in experts.items():
-        try:
-            numbers = sorted(int(expert) for expert in ids)
-            layer = int(layer)
-        except (TypeError, ValueError) as error:
-            raise SelectionError(
-                f"EsftConfig(experts=…): layer {layer!r} names {ids!r}, expected expert ids."
-            ) from error
-        if len(set(numbers)) != len(numbers):
-            raise SelectionError(f"layers.{layer}: EsftConfig names an expert twice: {numbers}. Name each once.")
-        if numbers:
-            normalised[layer] = numbers
-    return dict(sorted(normalised.items()))

@@ -5,49 +5,28 @@
 from __future__ import annotations
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from metier.errors import DeltaError, UnsupportedModelError
-from metier.methods.virtual_experts import Activation, ExpertBank, virtual_experts
+from metier.errors import DeltaError
+from metier.methods.expert_bank import ExpertBank
+from metier.methods.expert_layer import ExpertTunerLayer
+from metier.methods.virtual_experts import virtual_experts
 from metier.models.moe import MoELayer
 
 
-class EsftExperts(nn.Module, BaseTunerLayer):
+class EsftExperts(ExpertTunerLayer):
     """Stands in a model for an experts module of transformers' contract, which it keeps as `base_layer`.
 
     An adapter's rows are float32 parameters `esft_<name>.<adapter>` of shape `(k, …)`, in the layout of the base's
     stacked parameter `<name>`; row i replaces expert `expert_ids(adapter)[i]`. They begin as copies of the base's rows.
     """
 
-    def __init__(self, view: MoELayer) -> None:
-        super().__init__()
-        if view.has_post_expert_norm:
-            raise UnsupportedModelError(
-                f"{view.path}: {type(view.experts).__name__} normalises every expert's output, which the ESFT tuner "
-                "does not support yet. Expected experts without has_post_expert_norm."
-            )
-        self.base_layer = view.experts
-        self.layer_index, self.path = view.index, view.path
-        self.num_experts, self.is_transposed, self.has_gate = view.num_experts, view.is_transposed, view.has_gate
-        self.base_names = view.parameter_names()
-        self.adapter_layer_names = tuple(f"esft_{name}" for name in self.base_names)
-        self.other_param_names = ("esft_expert_ids",)
-        for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict())
-        # not saved with the weights: adapter_config.json says which experts the rows are
-        self.esft_expert_ids = BufferDict({}, persistent=False)
-        self.merged_adapters: list[str] = []
-        self._base_rows: dict[str, dict[str, Tensor]] = {}
-        self._adapters_by_request: tuple[tuple[str, ...], ...] | None = None
+    ids_name = "esft_expert_ids"
 
-    def expert_ids(self, adapter_name: str) -> list[int]:
-        """Which experts an adapter replaces here; empty if it does not touch this layer."""
-        if adapter_name not in self.esft_expert_ids:
-            return []
-        ids: list[int] = self.esft_expert_ids[adapter_name].tolist()
-        return ids
+    def __init__(self, view: MoELayer) -> None:
+        super().__init__(view, tuple(f"esft_{name}" for name in view.parameter_names()))
+        self._base_rows: dict[str, dict[str, Tensor]] = {}
 
     def update_layer(self, adapter_name: str, expert_ids: list[int]) -> None:
         """Add an adapter whose rows begin as copies of the base's: a delta of zero."""
@@ -55,7 +34,7 @@ class EsftExperts(nn.Module, BaseTunerLayer):
         # merged rows are not the base's
         self.unmerge()
         ids = torch.tensor(expert_ids, dtype=torch.int64, device=first.device)
-        self.esft_expert_ids[adapter_name] = ids
+        self._ids()[adapter_name] = ids
         for name in self.base_names:
             rows = getattr(self.base_layer, name).detach()[ids].float().clone()
             getattr(self, f"esft_{name}")[adapter_name] = nn.Parameter(rows)
@@ -66,7 +45,7 @@ class EsftExperts(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         by_request = self._adapters_by_request or (tuple(self._active()),)
-        names = [name for name in dict.fromkeys(n for r in by_request for n in r) if name in self.esft_expert_ids]
+        names = [name for name in dict.fromkeys(n for r in by_request for n in r) if name in self._ids()]
         if self.disable_adapters or self.merged or not names:
             out_TD: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
             return out_TD
@@ -83,10 +62,11 @@ class EsftExperts(nn.Module, BaseTunerLayer):
             top_k_index,
             table_RE[request_T.unsqueeze(-1), top_k_index],
             top_k_weights,
-            base=self._bank({name: getattr(self.base_layer, name) for name in self.base_names}),
+            base=self._base(),
             deltas=tuple(self._bank(self._rows(adapter)) for adapter in names),
             activation=self._activation(),
             is_transposed=self.is_transposed,
+            output_norm=self._output_norm(),
         )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -97,7 +77,7 @@ class EsftExperts(nn.Module, BaseTunerLayer):
         """
         for adapter in self.check_merge(adapter_names, safe_merge=safe_merge):
             rows = self._rows(adapter)
-            ids = self.esft_expert_ids[adapter]
+            ids = self._ids()[adapter]
             self._base_rows[adapter] = {n: getattr(self.base_layer, n).detach()[ids].clone() for n in rows}
             self._write(ids, rows)
             self.merged_adapters.append(adapter)
@@ -118,11 +98,7 @@ class EsftExperts(nn.Module, BaseTunerLayer):
         """Put the base's rows back, to the bit."""
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
-            self._write(self.esft_expert_ids[adapter], self._base_rows.pop(adapter))
-
-    def set_requests(self, adapters_by_request: tuple[tuple[str, ...], ...] | None) -> None:
-        """For the next forward passes: which adapters each row of the batch uses; None for the active ones."""
-        self._adapters_by_request = adapters_by_request
+            self._write(self._ids()[adapter], self._base_rows.pop(adapter))
 
     @torch.no_grad()
     def _write(self, ids: Tensor, rows: dict[str, Tensor]) -> None:
@@ -137,21 +113,13 @@ class EsftExperts(nn.Module, BaseTunerLayer):
         up = self.base_names[0]
         return ExpertBank(tensors[up], tensors["down_proj"], tensors.get(f"{up}_bias"), tensors.get("down_proj_bias"))
 
-    def _active(self) -> list[str]:
-        names: list[str] = BaseTunerLayer.active_adapters.fget(self)
-        return names
-
-    def _activation(self) -> Activation:
-        activation: Activation = getattr(self.base_layer, "_apply_gate" if self.has_gate else "act_fn")
-        return activation
-
     def _virtual_ids(self, names: list[str], adapters: tuple[str, ...]) -> Tensor:
         """(E,) int64: the virtual id of every expert for a request that uses `adapters`, the banks being `names`."""
         device = getattr(self.base_layer, self.base_names[0]).device
         table_E, first = torch.arange(self.num_experts, device=device), self.num_experts
         owner: dict[int, str] = {}
         for name in names:
-            ids = self.esft_expert_ids[name]
+            ids = self._ids()[name]
             if name in adapters:
                 for expert in ids.tolist() if len(adapters) > 1 else ():
                     if owner.setdefault(expert, name) != name:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, ClassVar
-
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
-from torch import Tensor, nn
+from torch import nn
 
-from metier.errors import BaseMismatchError, CorruptDeltaError, DeltaError, SelectionError
 from metier.methods.esft.config import EsftConfig
 from metier.methods.esft.layer import EsftExperts
-from metier.models.fingerprint import fingerprint
-from metier.models.moe import MoELayer, moe_layers
-
-BASE = "__base__"
-"""The adapter name that stands for the base in `adapter_names`, as in PEFT."""
+from metier.methods.expert_tuner import ExpertTuner
+from metier.models.moe import MoELayer
 
 
-class EsftModel(BaseTuner):
+class EsftModel(ExpertTuner):
     """A model with ESFT adapters. Made by `peft.get_peft_model(model, EsftConfig(experts={1: [8, 26]}))`.
 
     A batch may mix adapters: pass `adapter_names=["law", "__base__", …]`, one a row, to the PEFT model's forward.
@@ -28,156 +19,12 @@ class EsftModel(BaseTuner):
 
     prefix = "esft_"
     tuner_layer_cls = EsftExperts
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
-    def _prepare_adapter_config(self, peft_config: EsftConfig, model_config: dict[str, Any]) -> EsftConfig:
-        layers = {layer.index: layer for layer in moe_layers(self.model)}
-        assert peft_config.experts is not None, "EsftConfig refuses to be made without experts"
-        base = getattr(getattr(self.model, "config", None), "name_or_path", "") or type(self.model).__name__
-        found = fingerprint(self.model)
-        if peft_config.base_fingerprint not in (None, found):
-            raise BaseMismatchError(
-                f"The adapter was trained on '{peft_config.base_model_name_or_path}' with fingerprint "
-                f"{peft_config.base_fingerprint[:12]}, but is put on '{base}' with fingerprint {found[:12]}.\n"
-                "Load the base that it was trained on, or train it again on this one."
-            )
-        for index, ids in peft_config.experts.items():
-            _check_experts(index, ids, layers, base)
-        peft_config.base_fingerprint = found
-        peft_config.num_experts = max(layer.num_experts for layer in layers.values())
-        peft_config.target_modules = [layers[index].path for index in peft_config.experts]
-        # for the time of the injection, which asks layer by layer
-        self._views = {layer.path: layer for layer in layers.values()}
-        return peft_config
+    def _new_layer(self, view: MoELayer) -> nn.Module:
+        return EsftExperts(view)
 
-    def _create_and_replace(
-        self,
-        peft_config: EsftConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        view = self._views[current_key]
-        assert peft_config.experts is not None
-        expert_ids = peft_config.experts[view.index]
-        if isinstance(target, EsftExperts):
-            target.update_layer(adapter_name, expert_ids)
-            return
-        layer = EsftExperts(view)
-        layer.update_layer(adapter_name, expert_ids)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's own, which may shorten a long list of target modules; the saved configuration names each layer."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config = self.peft_config[adapter_name]
-        paths = {view.index: path for path, view in self._views.items()}
-        config.target_modules = [paths[index] for index in config.experts]
-        del self._views
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge in every layer, or in none where one of them cannot be merged."""
-        self._check_merge(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        if merge:
-            self._check_merge(adapter_names, safe_merge)
-        unloaded: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        return unloaded
-
-    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        self._check_known(adapter_names or [], "adapter_names")
-        for layer in self._layers():
-            layer.check_merge(adapter_names, safe_merge=safe_merge)
-
-    def _check_known(self, names: list[str], where: str) -> None:
-        if unknown := sorted(set(names) - set(self.peft_config)):
-            raise DeltaError(f"{where} names {unknown}, but the model has {sorted(self.peft_config)}. Load them first.")
-
-    def _layers(self) -> list[EsftExperts]:
-        return [module for module in self.model.modules() if isinstance(module, EsftExperts)]
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own looks for a single `weight`, which stacked experts do not have; our rows are made on their device
-        setattr(parent, child_name, new_module)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """For the time of one forward pass, each row of the batch uses the adapter that `adapter_names` gives it."""
-        names: list[str] | None = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
-        if self.training:
-            raise DeltaError("adapter_names mixes adapters for inference only; call model.eval() first.")
-        self._check_known([name for name in names if name != BASE], "adapter_names")
-        layers = self._layers()
-        merged = sorted({name for layer in layers for name in layer.merged_adapters})
-        if merged:
-            raise DeltaError(
-                f"adapter_names mixes adapters, but {merged} are merged into the base. Unmerge them first."
-            )
-        batch = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None), None)
-        if batch is not None and len(batch) != len(names):
-            raise DeltaError(f"adapter_names has {len(names)} names for a batch of {len(batch)} rows; give one a row.")
-        by_request = tuple(() if name == BASE else (name,) for name in names)
-        for layer in layers:
-            layer.set_requests(by_request)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.set_requests(None)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """PEFT's own remapping, then a check that nothing is missing, foreign or of another shape.
-
-        PEFT loads with `strict=False` and warns; a delta with a tensor too few would quietly serve base experts.
-        """
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        wanted = {
-            name: tuple(p.shape)
-            for name, p in model.named_parameters()
-            if f".{cls.prefix}" in name and name.endswith(f".{adapter_name}")
-        }
-        for name in sorted(wanted.keys() | remapped.keys()):
-            got = tuple(remapped[name].shape) if name in remapped else None
-            if got != wanted.get(name):
-                raise CorruptDeltaError(
-                    f"{name}: the delta holds {'no such tensor' if got is None else f'shape {got}'}, expected "
-                    f"{'no such tensor' if name not in wanted else f'shape {wanted[name]}'} by its configuration.\n"
-                    "The file is truncated or belongs to another adapter_config.json; nothing was loaded."
-                )
-        return remapped
-
-
-def _check_experts(index: int, ids: list[int], layers: dict[int, MoELayer], base: str) -> None:
-    if index not in layers:
-        raise SelectionError(
-            f"layers.{index}: the adapter trains experts {ids}, but base '{base}' has no MoE layer there; "
-            f"its MoE layers are {sorted(layers)}.\nLayers count from 0, dense ones included."
-        )
-    num_experts = layers[index].num_experts
-    bad = [expert for expert in ids if not 0 <= expert < num_experts]
-    if bad:
-        raise SelectionError(
-            f"layers.{index}: the adapter trains expert {bad[0]}, but base '{base}' has num_experts={num_experts}.\n"
-            "Load the base that the selection was made on, or select again."
-        )
+    def _update_layer(self, layer: nn.Module, adapter_name: str, config: PeftConfig) -> None:
+        assert isinstance(layer, EsftExperts), "made by _new_layer"
+        assert isinstance(config, EsftConfig), "registered with this tuner"
+        assert config.experts is not None, "EsftConfig refuses to be made without experts"
+        layer.update_layer(adapter_name, config.experts[layer.layer_index])

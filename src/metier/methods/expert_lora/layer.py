@@ -7,20 +7,19 @@ from __future__ import annotations
 import math
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from metier.errors import DeltaError, UnsupportedModelError
+from metier.errors import DeltaError
+from metier.methods.expert_layer import ExpertTunerLayer
 from metier.methods.expert_lora.config import ExpertLoraConfig
 from metier.methods.low_rank import LowRankBank, low_rank_experts
-from metier.methods.virtual_experts import Activation, ExpertBank
 from metier.models.moe import MoELayer
 
 _NAMES = ("expert_lora_up_A", "expert_lora_up_B", "expert_lora_down_A", "expert_lora_down_B")
 
 
-class LoraExperts(nn.Module, BaseTunerLayer):
+class LoraExperts(ExpertTunerLayer):
     """Stands in a model for an experts module of transformers' contract, which it keeps as `base_layer`.
 
     An adapter's matrices are float32 parameters over its C experts of this layer, in the order of `expert_ids`:
@@ -28,35 +27,14 @@ class LoraExperts(nn.Module, BaseTunerLayer):
     weights. An expert of a rank under R has 0 beyond it, and keeps it: the gradients there are 0.
     """
 
+    ids_name = "expert_lora_expert_ids"
+
     def __init__(self, view: MoELayer) -> None:
-        super().__init__()
-        if view.has_post_expert_norm:
-            raise UnsupportedModelError(
-                f"{view.path}: {type(view.experts).__name__} normalises every expert's output, which LoRA on experts "
-                "does not support yet. Expected experts without has_post_expert_norm."
-            )
-        self.base_layer = view.experts
-        self.layer_index, self.path = view.index, view.path
-        self.num_experts, self.is_transposed, self.has_gate = view.num_experts, view.is_transposed, view.has_gate
+        super().__init__(view, _NAMES)
         self.hidden_size, self.moe_intermediate_size = view.hidden_size, view.moe_intermediate_size
-        self.base_names = view.parameter_names()
-        self.adapter_layer_names = _NAMES
-        self.other_param_names = ("lora_expert_ids",)
-        for name in _NAMES:
-            setattr(self, name, nn.ParameterDict())
-        self.lora_expert_ids = BufferDict({}, persistent=False)
         self.scales: dict[str, tuple[float, ...]] = {}
         self.dropout: dict[str, float] = {}
-        self.merged_adapters: list[str] = []
         self._base_rows: list[tuple[Tensor, dict[str, Tensor]]] = []
-        self._adapters_by_request: tuple[tuple[str, ...], ...] | None = None
-
-    def expert_ids(self, adapter_name: str) -> list[int]:
-        """Which experts an adapter changes here; empty if it does not touch this layer."""
-        if adapter_name not in self.lora_expert_ids:
-            return []
-        ids: list[int] = self.lora_expert_ids[adapter_name].tolist()
-        return ids
 
     def rank(self, adapter_name: str) -> int:
         """The highest rank of an expert here."""
@@ -72,7 +50,7 @@ class LoraExperts(nn.Module, BaseTunerLayer):
         self.scales[adapter_name] = tuple(config.scale(self.layer_index, expert) for expert in ids)
         self.dropout[adapter_name] = config.lora_dropout
         device = getattr(self.base_layer, self.base_names[0]).device
-        self.lora_expert_ids[adapter_name] = torch.tensor(ids, dtype=torch.int64, device=device)
+        self._ids()[adapter_name] = torch.tensor(ids, dtype=torch.int64, device=device)
         up_size = self.moe_intermediate_size * (2 if self.has_gate else 1)
         sizes = {"up": (self.hidden_size, up_size), "down": (self.moe_intermediate_size, self.hidden_size)}
         for projection, (in_size, out_size) in sizes.items():
@@ -89,7 +67,7 @@ class LoraExperts(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         by_request = self._adapters_by_request or (tuple(self._active()),)
-        by_request = tuple(tuple(n for n in names if n in self.lora_expert_ids) for names in by_request)
+        by_request = tuple(tuple(n for n in names if n in self._ids()) for names in by_request)
         used = [names for names in dict.fromkeys(by_request) if names]
         if self.disable_adapters or self.merged or not used:
             out_TD: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
@@ -111,6 +89,7 @@ class LoraExperts(nn.Module, BaseTunerLayer):
             banks=tuple(self._bank(names) for names in used),
             activation=self._activation(),
             is_transposed=self.is_transposed,
+            output_norm=self._output_norm(),
             dropout=self._dropout(used) if self.training else 0.0,
         )
 
@@ -121,7 +100,7 @@ class LoraExperts(nn.Module, BaseTunerLayer):
             DeltaError: with `safe_merge`, a changed row is not finite.
         """
         for adapter in self.check_merge(adapter_names, safe_merge=safe_merge):
-            ids, changes = self.lora_expert_ids[adapter], self.changes(adapter)
+            ids, changes = self._ids()[adapter], self.changes(adapter)
             before = {name: getattr(self.base_layer, name).detach()[ids].clone() for name in changes}
             self._base_rows.append((ids, before))
             for name, change in changes.items():
@@ -154,10 +133,6 @@ class LoraExperts(nn.Module, BaseTunerLayer):
         found = {self.base_names[0]: scales_C11 * (up_b @ up_a), "down_proj": scales_C11 * (down_b @ down_a)}
         return {name: change.mT if self.is_transposed else change for name, change in found.items()}
 
-    def set_requests(self, adapters_by_request: tuple[tuple[str, ...], ...] | None) -> None:
-        """For the next forward passes: which adapters each row of the batch uses; None for the active ones."""
-        self._adapters_by_request = adapters_by_request
-
     def _dropout(self, used: list[tuple[str, ...]]) -> float:
         shares = {name: self.dropout[name] for names in used for name in names}
         if len(set(shares.values())) > 1:
@@ -166,10 +141,6 @@ class LoraExperts(nn.Module, BaseTunerLayer):
                 "Give them the same, or train one at a time."
             )
         return next(iter(shares.values()))
-
-    def _base(self) -> ExpertBank:
-        up, tensors = self.base_names[0], {name: getattr(self.base_layer, name) for name in self.base_names}
-        return ExpertBank(tensors[up], tensors["down_proj"], tensors.get(f"{up}_bias"), tensors.get("down_proj_bias"))
 
     def _bank(self, names: tuple[str, ...]) -> LowRankBank:
         """One adapter's matrices; those of several put side by side, which adds their changes up."""
@@ -192,11 +163,3 @@ class LoraExperts(nn.Module, BaseTunerLayer):
             matrix_C = matrix_C * torch.tensor(self.scales[adapter], device=matrix_C.device).view(-1, 1, 1)
         places = torch.tensor([ids.index(expert) for expert in self.expert_ids(adapter)], device=matrix_C.device)
         return matrix_C.new_zeros(len(ids), *matrix_C.shape[1:]).index_copy(0, places, matrix_C)
-
-    def _active(self) -> list[str]:
-        names: list[str] = BaseTunerLayer.active_adapters.fget(self)
-        return names
-
-    def _activation(self) -> Activation:
-        activation: Activation = getattr(self.base_layer, "_apply_gate" if self.has_gate else "act_fn")
-        return activation
