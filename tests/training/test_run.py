@@ -50,7 +50,9 @@ def test_a_run_leaves_the_folder_of_the_design(configure: Configure, console: Co
     assert all(row["tokens_per_second"] > 0 and row["peak_memory_bytes"] > 0 for row in rows if "loss" in row)
     plan = json.loads((result.folder / "plan.json").read_text())
     saved = delta(result.folder)
-    assert plan["predicted"]["num_trained_parameters"] == sum(t.numel() for t in saved.values())
+    assert plan["predicted"]["num_trained_parameters"] == sum(
+        t.numel() for t in saved.values() if t.is_floating_point()
+    )
     assert plan["measured"]["train_seconds"] > 0
     loaded = load(config.model)
     model = peft.PeftModel.from_pretrained(loaded.model, result.folder / "adapter").eval()
