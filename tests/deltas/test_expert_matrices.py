@@ -45,10 +45,8 @@ def test_matrices_have_the_shapes_of_linear_layers_and_go_back_to_the_bit(family
 def test_matrices_compute_what_the_family_computes(family: str) -> None:
     """`down(act(gate(x)) * up(x))` of each, in each family's own variant of the gate."""
     layer = first_layer(family)
-    # float64: which terms a product adds up first differs by machine
-    layer.experts.double()
     matrices = split_rows(layer, rows_of(layer, [1]))
-    x_TD = torch.randn(5, layer.hidden_size, generator=torch.Generator().manual_seed(9)).double()
+    x_TD = torch.randn(5, layer.hidden_size, generator=torch.Generator().manual_seed(9))
 
     def linear(name: str, x: Tensor) -> Tensor:
         bias = matrices.get(f"{name}.bias")
@@ -63,7 +61,9 @@ def test_matrices_compute_what_the_family_computes(family: str) -> None:
         inner_TF = layer.experts.act_fn(linear("gate_proj", x_TD)) * up_TF
     else:
         inner_TF = layer.experts.act_fn(up_TF)
-    ids_TK, weights_TK = torch.ones(5, 1, dtype=torch.int64), torch.ones(5, 1, dtype=torch.float64)
+    ids_TK, weights_TK = torch.ones(5, 1, dtype=torch.int64), torch.ones(5, 1)
     with torch.no_grad():
         want_TD = layer.experts(x_TD, ids_TK, weights_TK)
-    torch.testing.assert_close(linear("down_proj", inner_TF), want_TD, **TOLERANCE)
+    # by the largest output: terms of that size cancel out in the small ones, in an order that differs by machine
+    scale = want_TD.abs().max()
+    torch.testing.assert_close(linear("down_proj", inner_TF) / scale, want_TD / scale, **TOLERANCE)
