@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deltas.made import made_adapter, made_base, rows_of
-from metier.deltas.format import METHOD, header_sum
+from metier.deltas.format import ESFT, header_sum
 from metier.deltas.read import read_delta
 from metier.deltas.save import save_delta
 from metier.deltas.tensors_file import read_header, write_tensors
@@ -74,7 +74,7 @@ def test_a_model_without_gates_is_read(tmp_path: Path) -> None:
 
 
 def test_the_method_is_the_one_that_peft_knows() -> None:
-    assert METHOD == MetierPeftType.ESFT
+    assert ESFT == MetierPeftType.ESFT
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_runs_folder(delta_folder: Path) -> None:
 def test_a_lora_adapter(tmp_path: Path) -> None:
     lora = peft.get_peft_model(tiny_model("deepseek_v2"), peft.LoraConfig(target_modules=["o_proj"]))
     lora.save_pretrained(tmp_path)
-    refused(tmp_path, r"got a PEFT adapter of type 'LORA', expected 'ESFT'\.\nmetier reads, verifies and merges ESFT")
+    refused(tmp_path, r"got a PEFT adapter of type 'LORA', expected 'ESFT' or 'EXPERT_LORA'\.\nmetier reads")
 
 
 def test_tensors_that_are_missing(delta_folder: Path) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from metier.config import RunConfig, load_run_config
+from metier.deltas.read import read_delta
 from metier.errors import ConfigError, RunError, SelectionError
 from metier.models.load import load
 from metier.routing.selection import ExpertSelection
@@ -107,6 +108,7 @@ def test_a_lora_on_selected_experts_is_planned_trained_and_loads_in_plain_peft(
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, result.model.eval()(input_ids=ids).logits)
         assert not torch.equal(model(input_ids=ids).logits, load(config.model).model(input_ids=ids).logits)
+    assert read_delta(result.folder / "adapter").has_sums
 
 
 def test_lora_with_dropout_on_stacked_experts_is_refused(configure: Configure, console: Console) -> None:

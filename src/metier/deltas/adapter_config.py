@@ -12,11 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from metier.deltas.format import CONFIG_FILE, METHOD, TENSORS_FILE
+from metier.deltas.format import CONFIG_FILE, DAMAGED, ESFT, EXPERT_LORA, TENSORS_FILE
+from metier.deltas.low_rank import LowRankSettings, read_low_rank
 from metier.errors import CorruptDeltaError
 from metier.models.spellings import LAYER_INDEX
 
-DAMAGED = "The file was altered or is damaged; copy the delta again from where it was made, or train it again."
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
@@ -34,6 +34,8 @@ class AdapterConfig:
     """Routed experts a layer of the base."""
     paths: dict[int, str]
     """Path of the base's experts module, by decoder layer."""
+    low_rank: LowRankSettings | None = None
+    """Of a LoRA on experts; None where rows replace the base's."""
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -52,10 +54,10 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     if not isinstance(values, dict):
         raise CorruptDeltaError(f"{path}: got a {type(values).__name__}, expected a JSON object.\n{DAMAGED}")
     method = values.get("peft_type")
-    if method != METHOD:
+    if method not in (ESFT, EXPERT_LORA):
         raise CorruptDeltaError(
-            f"{path}: got a PEFT adapter of type {method!r}, expected {METHOD!r}.\n"
-            "metier reads, verifies and merges ESFT deltas. Load others with `peft.PeftModel.from_pretrained` and "
+            f"{path}: got a PEFT adapter of type {method!r}, expected {ESFT!r} or {EXPERT_LORA!r}.\n"
+            "metier reads, verifies and merges its own deltas. Load others with `peft.PeftModel.from_pretrained` and "
             "merge them with its `merge_and_unload`."
         )
     num_experts = values.get("num_experts")
@@ -67,12 +69,13 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     _expect(path, "base_model_name_or_path", name, name is None or isinstance(name, str), "text")
     experts = _experts(path, values.get("experts"), num_experts)
     return AdapterConfig(
-        method=METHOD,
+        method=method,
         base_name=name,
         base_fingerprint=fingerprint,
         experts=experts,
         num_experts=num_experts,
         paths=_paths(path, values.get("target_modules"), experts),
+        low_rank=read_low_rank(path, values, experts) if method == EXPERT_LORA else None,
     )
 
 

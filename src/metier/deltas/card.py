@@ -24,12 +24,19 @@ def licence_of(folder: Path) -> str:
     return licence if isinstance(licence, str) and licence else "unknown"
 
 
-def delta_card(*, base: str, fingerprint: str | None, experts: Mapping[int, Sequence[int]]) -> str:
+def delta_card(
+    *, base: str, fingerprint: str | None, experts: Mapping[int, Sequence[int]], is_low_rank: bool = False
+) -> str:
     """The card of a delta's folder."""
+    kind = "LoRA on experts" if is_low_rank else "ESFT delta"
+    num_experts = sum(map(len, experts.values()))
+    what = f"Rows of {num_experts} routed experts that replace the base's"
+    if is_low_rank:
+        what = f"Low-rank changes of {num_experts} routed experts, `W + scale * B A`"
     return f"""{_front_matter(base=base, licence="unknown", library="peft")}
-# ESFT delta of {base}
+# {kind} of {base}
 
-Rows of {sum(map(len, experts.values()))} routed experts that replace the base's; nothing else is changed.
+{what}; nothing else is changed.
 
 - base: `{base}`, fingerprint `{fingerprint}`
 - written by metier {__version__}

@@ -142,7 +142,7 @@ def _check_weights(weights: Sequence[float] | None, num_deltas: int) -> None:
 
 
 def _read(folder: Path, base: LoadedModel) -> Delta:
-    delta = read_delta(folder)
+    delta = read_delta(folder, whole_rows_for="composition")
     check_fingerprint(delta, base.model, base.source)
     check_experts(delta, base.model, base.source)
     check_tensors(delta, base.model)

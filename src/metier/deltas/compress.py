@@ -80,7 +80,7 @@ def compress(
     """
     output = Path(output)
     _check_arguments(method, max_relative_error, output)
-    files = read_delta(delta)
+    files = read_delta(delta, whole_rows_for="compression")
     loaded = base if isinstance(base, LoadedModel) else load(base, trust_remote_code=trust_remote_code)
     check_fingerprint(files, loaded.model, loaded.source)
     check_experts(files, loaded.model, loaded.source)

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metier import __version__
-from metier.deltas.adapter_config import DAMAGED, AdapterConfig, read_adapter_config
+from metier.deltas.adapter_config import AdapterConfig, read_adapter_config
 from metier.deltas.encode import parts_fit
 from metier.deltas.format import (
     COMPRESSED_FILE,
     COMPRESSED_VERSION,
     CONFIG_FILE,
+    DAMAGED,
     HEADER_SUM,
     experts_text,
     header_sum,
@@ -104,6 +105,8 @@ def read_compressed(folder: Path) -> CompressedDelta:
     """
     config = read_adapter_config(folder)
     where = folder / COMPRESSED_FILE
+    if config.low_rank is not None:
+        raise CorruptDeltaError(f"{folder}: got a {config.method} delta; only whole rows are compressed.\n{DAMAGED}")
     if not where.is_file():
         raise CorruptDeltaError(f"{where}: got no such file, expected a compressed delta.\nGive the folder of one.")
     parts, metadata = read_file_header(where)

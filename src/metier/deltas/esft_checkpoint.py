@@ -100,7 +100,7 @@ def write_esft_checkpoint(
         marker=EXPERTS_FILE,
         what="a former checkpoint",
     )
-    files = read_delta(delta)
+    files = read_delta(delta, whole_rows_for="an ESFT checkpoint")
     loaded = base if isinstance(base, LoadedModel) else load(base, trust_remote_code=trust_remote_code)
     check_fingerprint(files, loaded.model, loaded.source)
     check_experts(files, loaded.model, loaded.source)

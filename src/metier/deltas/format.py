@@ -15,19 +15,24 @@ CARD_FILE = "README.md"
 COMPRESSED_FILE = "compressed_delta.safetensors"
 """In place of `TENSORS_FILE` where a delta is compressed."""
 
-METHOD = "ESFT"
-"""The `peft_type` of the deltas that are read, verified and merged."""
+ESFT = "ESFT"
+EXPERT_LORA = "EXPERT_LORA"
+"""The `peft_type` of the deltas that are read, verified and merged: rows of experts, or low-rank changes of them."""
+DAMAGED = "The file was altered or is damaged; copy the delta again from where it was made, or train it again."
+"""The next step in errors about a delta's files."""
 FORMAT_VERSION = "2"
 COMPRESSED_VERSION = "1"
 
 NAME_PREFIX = "base_model.model."
 """What PEFT puts before every path of the base."""
-ROWS_PREFIX = "esft_"
-"""What stands before the base parameter's name in the name of its rows."""
+ROWS_PREFIXES = {ESFT: "esft_", EXPERT_LORA: "expert_lora_"}
+"""What stands, by method, before the name of a layer's tensor: the base parameter's, or that of a factor."""
 EXPERT_IDS = "expert_ids"
 """What stands in a parameter's place in the name of the tensor that says which experts a layer's rows are."""
 
 HEADER_SUM = "header_sha256"
+LOW_RANK = "low_rank"
+"""Metadata key of a LoRA's ranks and scales."""
 METADATA_KEYS = frozenset(
     {
         "format",
@@ -42,13 +47,13 @@ METADATA_KEYS = frozenset(
         HEADER_SUM,
     }
 )
-"""Keys of the safetensors metadata that `save_delta` writes, all of them, and no others."""
+"""Keys of the safetensors metadata that `save_delta` writes, all of them, and no others but `LOW_RANK` in a LoRA."""
 
 
-def rows_name(path: str, parameter: str) -> str:
+def rows_name(path: str, parameter: str, method: str = ESFT) -> str:
     """The stored name of an expert layer's rows, such as
     `base_model.model.model.layers.1.mlp.experts.esft_down_proj`."""
-    return f"{NAME_PREFIX}{path}.{ROWS_PREFIX}{parameter}"
+    return f"{NAME_PREFIX}{path}.{ROWS_PREFIXES[method]}{parameter}"
 
 
 def tensor_sum(dtype: str, shape: Sequence[int], chunks: Iterable[bytes | memoryview]) -> str:

@@ -30,6 +30,8 @@ class DeltaSummary:
     num_bytes: int
     """Of the tensors' file."""
     dtypes: tuple[str, ...]
+    ranks: tuple[int, ...]
+    """Of a LoRA's changes, each once; empty where rows replace the base's."""
     base_expert_parameters: int | None
     """Of all routed experts of the base; known where metier saved the delta."""
     metier_version: str | None
@@ -37,7 +39,7 @@ class DeltaSummary:
 
     @property
     def expert_share(self) -> float | None:
-        """Share of the base's routed expert parameters that the delta replaces."""
+        """The delta's parameters as a share of those of the base's routed experts."""
         return None if self.base_expert_parameters is None else self.num_parameters / self.base_expert_parameters
 
     def __rich__(self) -> Group:
@@ -59,6 +61,7 @@ class DeltaSummary:
             ("of the base's experts", share),
             ("bytes", f"{self.num_bytes:,}"),
             ("dtype", ", ".join(self.dtypes)),
+            *([("rank", ", ".join(map(str, self.ranks)))] if self.ranks else []),
             ("written by", f"metier {self.metier_version}" if self.metier_version else "PEFT"),
             ("sums", "checked" if self.has_sums else "none in the files"),
         ):
@@ -88,6 +91,8 @@ def inspect(folder: str | Path) -> DeltaSummary:
 def summarise(delta: Delta) -> DeltaSummary:
     """The summary of a delta that is read already."""
     known = delta.metadata.get("base_expert_parameters")
+    low_rank, experts = delta.config.low_rank, delta.config.experts
+    ranks = {low_rank.rank(n, e) for n, ids in experts.items() for e in ids} if low_rank is not None else set()
     return DeltaSummary(
         folder=delta.folder,
         method=delta.config.method,
@@ -97,6 +102,7 @@ def summarise(delta: Delta) -> DeltaSummary:
         num_experts=delta.config.num_experts,
         num_parameters=sum(tensor.num_parameters for tensor in delta.tensors.values()),
         num_bytes=(delta.folder / TENSORS_FILE).stat().st_size,
+        ranks=tuple(sorted(ranks)),
         dtypes=tuple(sorted({tensor.dtype for tensor in delta.tensors.values()})),
         base_expert_parameters=None if known is None else int(known),
         metier_version=delta.metadata.get("metier_version"),

@@ -12,6 +12,7 @@ from torch import nn
 
 from metier import __version__
 from metier.deltas.card import licence_of, merged_card
+from metier.deltas.changes import changed_parameters, merged_rows
 from metier.deltas.format import CARD_FILE
 from metier.deltas.on_base import check_experts, check_fingerprint, check_tensors, rows_not_finite
 from metier.deltas.read import Delta, read_delta
@@ -90,10 +91,11 @@ def _rows_in_place(delta: Delta, model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for layer in moe_layers(model):
                 ids = list(delta.config.experts.get(layer.index, ()))
-                for name in layer.parameter_names() if ids else ():
+                for name in changed_parameters(delta, layer) if ids else ():
                     weight = getattr(layer.experts, name)
+                    merged = merged_rows(delta, rows, layer, name)
                     saved.append((weight, ids, weight[ids].clone()))
-                    weight[ids] = rows[layer.index][name].to(weight)
+                    weight[ids] = merged
         yield
     finally:
         with torch.no_grad():

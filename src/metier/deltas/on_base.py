@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from metier.deltas.adapter_config import AdapterConfig
+from metier.deltas.changes import changed_parameters, merged_rows
 from metier.deltas.format import rows_name
+from metier.deltas.low_rank import stack_shapes
 from metier.deltas.read import Delta
 from metier.errors import BaseMismatchError, CorruptDeltaError, SelectionError
 from metier.models.fingerprint import fingerprint
-from metier.models.moe import moe_layers
+from metier.models.moe import MoELayer, moe_layers
 
 
 class Configured(Protocol):
@@ -62,11 +64,11 @@ def check_experts(delta: Configured, model: nn.Module, base_name: str) -> None:
 def check_tensors(delta: Delta, model: nn.Module) -> None:
     """Raise a CorruptDeltaError unless the delta holds, for each selected expert, the rows of each stacked parameter
     of the base, and nothing else."""
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for layer in moe_layers(model):
-        ids = delta.config.experts.get(layer.index, ())
-        for name in layer.parameter_names() if ids else ():
-            expected[rows_name(layer.path, name)] = (len(ids), *getattr(layer.experts, name).shape[1:])
+        if layer.index in delta.config.experts:
+            shapes = _shapes(delta.config, layer).items()
+            expected |= {rows_name(layer.path, name, delta.config.method): shape for name, shape in shapes}
     for name in sorted(expected.keys() | delta.tensors.keys()):
         got = delta.tensors[name].shape if name in delta.tensors else None
         if got != expected.get(name):
@@ -74,6 +76,15 @@ def check_tensors(delta: Delta, model: nn.Module) -> None:
                 f"{delta.folder}: {name}: got {_shape(got)}, expected {_shape(expected.get(name))} by the base's "
                 "experts.\nThe delta belongs to another base, or was altered."
             )
+
+
+def _shapes(config: AdapterConfig, layer: MoELayer) -> dict[str, tuple[int, ...]]:
+    """What a delta's tensors in a layer have to be, by their name without the prefix."""
+    ids = config.experts[layer.index]
+    if config.low_rank is None:
+        return {name: (len(ids), *getattr(layer.experts, name).shape[1:]) for name in layer.parameter_names()}
+    rank, inner = max(config.low_rank.rank(layer.index, expert) for expert in ids), layer.moe_intermediate_size
+    return stack_shapes(len(ids), rank, layer.hidden_size, inner * (2 if layer.has_gate else 1), inner)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
@@ -91,13 +102,16 @@ def rows_not_finite(delta: Delta) -> list[str]:
 
 
 def rows_not_moved(delta: Delta, model: nn.Module) -> Iterator[str]:
-    """Selected rows that are the base's to the bit in the base's dtype, as `layers.7 expert 26 down_proj`."""
+    """Selected rows that are the base's to the bit in the base's dtype, as `layers.7 expert 26 down_proj`.
+
+    Rows that a LoRA leaves as they are count too: its change is then 0, or too small for the base's dtype.
+    """
     rows = delta.load_rows()
     for layer in moe_layers(model):
         ids = delta.config.experts.get(layer.index, ())
-        for name in layer.parameter_names() if ids else ():
+        for name in changed_parameters(delta, layer) if ids else ():
             base = getattr(layer.experts, name).detach()[list(ids)]
-            moved = (rows[layer.index][name].to(base) != base).flatten(1).any(1).tolist()
+            moved = (merged_rows(delta, rows, layer, name) != base).flatten(1).any(1).tolist()
             for expert, has_moved in zip(ids, moved, strict=True):
                 if not has_moved:
                     yield f"layers.{layer.index} expert {expert} {name}"

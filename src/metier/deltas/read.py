@@ -15,18 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metier.deltas.adapter_config import DAMAGED, AdapterConfig, read_adapter_config
+from metier.deltas.adapter_config import AdapterConfig, read_adapter_config
 from metier.deltas.format import (
+    DAMAGED,
+    ESFT,
     EXPERT_IDS,
     FORMAT_VERSION,
     HEADER_SUM,
+    LOW_RANK,
     METADATA_KEYS,
-    ROWS_PREFIX,
+    ROWS_PREFIXES,
     TENSORS_FILE,
     experts_text,
     header_sum,
     rows_name,
 )
+from metier.deltas.low_rank import check_stacks
 from metier.deltas.tensors_file import (
     DTYPES,
     IDS_DTYPE,
@@ -69,28 +73,29 @@ class Delta:
 
         Returns:
             tensors of shape (k, …) in the layout of the base's stacked parameter; row i replaces expert
-            `config.experts[layer][i]`.
+            `config.experts[layer][i]`. Of a LoRA the four stacks `up_A`, `up_B`, `down_A`, `down_B` instead.
         """
         from safetensors.torch import load_file  # torch only when tensors are wanted
 
         loaded = load_file(self.folder / TENSORS_FILE)
         rows: dict[int, dict[str, Tensor]] = {}
         for layer, path in self.config.paths.items():
-            start = rows_name(path, "")
+            start = rows_name(path, "", self.config.method)
             rows[layer] = {name.removeprefix(start): t for name, t in loaded.items() if name.startswith(start)}
             del rows[layer][EXPERT_IDS]
         return rows
 
 
-def read_delta(folder: str | Path) -> Delta:
+def read_delta(folder: str | Path, *, whole_rows_for: str | None = None) -> Delta:
     """The delta in `folder`, checked.
 
     Args:
         folder: a PEFT folder with `adapter_config.json` and `adapter_model.safetensors`.
+        whole_rows_for: what is to be done with it where only deltas that replace whole rows will do.
 
     Raises:
-        CorruptDeltaError: the folder holds no ESFT delta, or its files are truncated, altered, or do not fit together.
-        DeltaError: a later version of metier wrote it in another format.
+        CorruptDeltaError: the folder holds no delta, or its files are truncated, altered, or do not fit together.
+        DeltaError: another version of metier wrote it in another format; or it is a LoRA, and whole rows are needed.
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
@@ -99,7 +104,12 @@ def read_delta(folder: str | Path) -> Delta:
     has_sums = not set(metadata) <= {"format"}  # else PEFT's own save_pretrained wrote it
     if has_sums:
         _check_metadata(where, metadata, config)
-    ids = {rows_name(path, EXPERT_IDS) for path in config.paths.values()}
+    if whole_rows_for is not None and config.method != ESFT:
+        raise DeltaError(
+            f"{folder}: got a delta of type {config.method}, but {whole_rows_for} needs one of type {ESFT}, whose rows "
+            "replace whole experts.\nThis one is small as it is: serve it beside its base, or `metier merge` it."
+        )
+    ids = {rows_name(path, EXPERT_IDS, config.method) for path in config.paths.values()}
     rows = {name: tensor for name, tensor in stored.items() if name not in ids}
     _check_tensors(where, rows, config)
     _check_ids(where, stored, config)
@@ -117,8 +127,9 @@ def _check_metadata(where: Path, metadata: dict[str, str], config: AdapterConfig
             f"{where}: got a delta of format {metadata.get('metier_delta')!r}, expected {FORMAT_VERSION!r}.\n"
             f"It was written by metier {metadata.get('metier_version', 'of unknown version')}; install that."
         )
-    if metadata.keys() != METADATA_KEYS:
-        names = sorted(metadata.keys() ^ METADATA_KEYS)
+    expected_keys = METADATA_KEYS if config.low_rank is None else METADATA_KEYS | {LOW_RANK}
+    if metadata.keys() != expected_keys:
+        names = sorted(metadata.keys() ^ expected_keys)
         raise CorruptDeltaError(f"{where}: metadata keys are missing or unknown: {', '.join(names)}.\n{DAMAGED}")
     said = {
         "peft_type": config.method,
@@ -126,6 +137,8 @@ def _check_metadata(where: Path, metadata: dict[str, str], config: AdapterConfig
         "num_experts": str(config.num_experts),
         "experts": experts_text(config.experts),
     }
+    if config.low_rank is not None:
+        said[LOW_RANK] = config.low_rank.text()
     for key, got in said.items():
         if metadata[key] != got:
             raise CorruptDeltaError(
@@ -138,8 +151,12 @@ def _check_tensors(where: Path, tensors: dict[str, StoredTensor], config: Adapte
     """Each selected layer has the rows of one complete set of stacked parameters, and there is nothing else."""
     left = dict(tensors)
     for layer, path in config.paths.items():
-        start = rows_name(path, "")
+        start = rows_name(path, "", config.method)
         rows = {name.removeprefix(start): left.pop(name) for name in tensors if name.startswith(start)}
+        if config.low_rank is not None:
+            ranks = [config.low_rank.rank(layer, expert) for expert in config.experts[layer]]
+            check_stacks(f"{where}: layers.{layer}", rows, ranks)
+            continue
         if frozenset(rows) not in _PARAMETERS:
             raise CorruptDeltaError(
                 f"{where}: layers.{layer}: got rows of {sorted(rows) or 'no parameter'}, expected gate_up_proj (or "
@@ -149,19 +166,19 @@ def _check_tensors(where: Path, tensors: dict[str, StoredTensor], config: Adapte
     if left:
         raise CorruptDeltaError(
             f"{where}: got tensor {min(left)!r}, which is none of the rows that adapter_config.json selects (they are "
-            f"named {ROWS_PREFIX}… in layers {list(config.paths)}).\n{DAMAGED}"
+            f"named {ROWS_PREFIXES[config.method]}… in layers {list(config.paths)}).\n{DAMAGED}"
         )
 
 
 def _check_ids(where: Path, stored: dict[str, StoredTensor], config: AdapterConfig) -> None:
     """Each selected layer says which experts its rows are, and they are the configuration's."""
     for layer, path in config.paths.items():
-        ids = stored.get(rows_name(path, EXPERT_IDS))
+        ids = stored.get(rows_name(path, EXPERT_IDS, config.method))
         expected = list(config.experts[layer])
         if ids is None or ids.dtype != IDS_DTYPE or ids.shape != (len(expected),):
             got = "no such tensor" if ids is None else f"{ids.dtype} {list(ids.shape)}"
             raise CorruptDeltaError(
-                f"{where}: layers.{layer}: {ROWS_PREFIX}{EXPERT_IDS}: got {got}, expected {IDS_DTYPE} "
+                f"{where}: layers.{layer}: {ROWS_PREFIXES[config.method]}{EXPERT_IDS}: got {got}, expected {IDS_DTYPE} "
                 f"[{len(expected)}], which says which experts the rows are.\n{DAMAGED}"
             )
         got_ids = stored_integers(where, ids)

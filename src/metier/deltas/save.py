@@ -1,4 +1,4 @@
-"""Save an ESFT adapter as a delta: PEFT's folder, with sums over its content, as small as its use allows."""
+"""Save an adapter on experts as a delta: PEFT's folder, with sums over its content, as small as its use allows."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
-from metier.deltas.format import rows_name
-from metier.deltas.write import DTYPE_NAMES, as_saved, check_delta_folder, expert_ids, write_delta
+from metier.deltas.format import NAME_PREFIX
+from metier.deltas.write import DTYPE_NAMES, DeltaConfig, as_saved, check_delta_folder, expert_ids, write_delta
 from metier.errors import ConfigError, DeltaError
-from metier.methods.esft import EsftConfig, EsftExperts
+from metier.methods.esft import EsftConfig
+from metier.methods.expert_layer import ExpertTunerLayer
+from metier.methods.expert_lora import ExpertLoraConfig
 
 
 def save_delta(
@@ -31,8 +33,8 @@ def save_delta(
 
     Raises:
         ConfigError: `dtype` is not one that a delta can have, or `folder` holds other things.
-        DeltaError: the model has no such adapter, it is not an ESFT adapter, its configuration names other experts
-            than it replaces, or a row is not finite in `dtype`.
+        DeltaError: the model has no such adapter, it is neither an ESFT adapter nor a LoRA on experts, its
+            configuration names other experts than it replaces, or a row is not finite in `dtype`.
     """
     folder = Path(folder)
     if dtype is not None and dtype not in DTYPE_NAMES:
@@ -42,7 +44,7 @@ def save_delta(
     write_delta(folder, model=model, config=config, rows=_rows(model, config, adapter_name, dtype))
 
 
-def _config(model: PeftModel, adapter_name: str) -> EsftConfig:
+def _config(model: PeftModel, adapter_name: str) -> DeltaConfig:
     """A copy of the adapter's configuration as PEFT would save it."""
     if adapter_name not in model.peft_config:
         raise DeltaError(
@@ -50,22 +52,24 @@ def _config(model: PeftModel, adapter_name: str) -> EsftConfig:
             "Name one of them."
         )
     config = model.peft_config[adapter_name]
-    if not isinstance(config, EsftConfig):
+    if not isinstance(config, EsftConfig | ExpertLoraConfig):
         raise DeltaError(
-            f"save_delta: adapter {adapter_name!r} is {type(config).__name__}, expected EsftConfig.\n"
+            f"save_delta: adapter {adapter_name!r} is {type(config).__name__}, expected EsftConfig or "
+            "ExpertLoraConfig.\n"
             "Save adapters of PEFT's own methods with `model.save_pretrained`."
         )
     return as_saved(copy.deepcopy(config), model.get_base_model())
 
 
-def _rows(model: PeftModel, config: EsftConfig, adapter_name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _rows(model: PeftModel, config: DeltaConfig, adapter_name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The adapter's rows by stored name, on the CPU, in the dtype to store."""
     dtypes: dict[str, torch.dtype] = {}
     for layer in model.modules():
-        if isinstance(layer, EsftExperts):
+        if isinstance(layer, ExpertTunerLayer):
             # what the forward pass casts all of a layer's rows to
             served = getattr(layer.base_layer, layer.base_names[0]).dtype
-            dtypes |= {rows_name(layer.path, name): dtype or served for name in layer.base_names}
+            names = [f"{NAME_PREFIX}{layer.path}.{name}" for name in layer.adapter_layer_names]
+            dtypes |= dict.fromkeys(names, dtype or served)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     for name, ids in expert_ids(config).items():
         got = state.pop(name).tolist()

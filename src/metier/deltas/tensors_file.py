@@ -17,8 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from metier.deltas.adapter_config import DAMAGED
-from metier.deltas.format import COMPRESSED_FILE, TENSORS_FILE, tensor_sum
+from metier.deltas.format import COMPRESSED_FILE, DAMAGED, TENSORS_FILE, tensor_sum
 from metier.errors import CorruptDeltaError
 
 _CHUNK_BYTES = 1 << 24

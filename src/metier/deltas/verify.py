@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from metier.deltas.changes import changed_parameters, merged_rows
 from metier.deltas.fresh_process import logits_in_a_fresh_process
 from metier.deltas.on_base import check_experts, check_fingerprint, check_tensors, rows_not_finite, rows_not_moved
 from metier.deltas.probe import TOLERANCES, largest_difference, logits_of, probe_tokens
@@ -22,7 +23,9 @@ from metier.deltas.save import save_delta
 from metier.deltas.verify_report import Check, VerifyReport
 from metier.errors import ConfigError, MetierError
 from metier.methods.esft import EsftConfig
+from metier.methods.expert_lora import ExpertLoraConfig
 from metier.models.load import LoadedModel, load
+from metier.models.moe import moe_layers
 from metier.models.unwrap import base_tensors
 
 FILES = "files are intact"
@@ -91,7 +94,8 @@ def _fits(checks: list[Check], delta: Delta, base: LoadedModel) -> bool:
     _attempt(checks, FINGERPRINT, lambda: check_fingerprint(delta, base.model, base.source), "The fingerprints agree.")
     found = f"{num_selected} experts in {len(delta.config.experts)} layers are all in the base."
     _attempt(checks, EXPERTS, lambda: check_experts(delta, base.model, base.source), found)
-    found = f"{len(delta.tensors)} tensors: the selected rows of each stacked parameter, in the base's shapes."
+    kind = "rows of each stacked parameter" if delta.config.low_rank is None else "experts' factors"
+    found = f"{len(delta.tensors)} tensors: the selected {kind}, in the base's shapes."
     _attempt(checks, TENSORS, lambda: check_tensors(delta, base.model), found)
     bad = rows_not_finite(delta)
     _note(checks, FINITE, not bad, f"Not so in {_listed(bad)}." if bad else "No value is infinite or not a number.")
@@ -158,13 +162,19 @@ class _Running:
         _note(self.checks, FRESH, *self._same(got_BSV))
 
     def _merged_and_unmerged(self, wrapped: PeftModel) -> None:
+        expected = self._expected_rows()
         wrapped.merge_adapter()
         got_BSV = logits_of(wrapped, self.tokens_BS)
-        # the rows that are in the merged base are those that do not differ from the delta's any more
-        num_there = len(list(rows_not_moved(self.delta, wrapped)))
+        num_there = sum(
+            torch.equal(got, row)
+            for layer in moe_layers(wrapped)
+            for name in changed_parameters(self.delta, layer)
+            for expert, row in expected.get((layer.index, name), {}).items()
+            for got in [getattr(layer.experts, name).detach()[expert]]
+        )
         wrapped.unmerge_adapter()
         is_same, found = self._same(got_BSV)
-        num_rows = sum(tensor.shape[0] for tensor in self.delta.tensors.values())
+        num_rows = sum(map(len, expected.values()))
         _note(
             self.checks, MERGED, is_same and num_there == num_rows, f"{num_there} of {num_rows} rows written. {found}"
         )
@@ -174,16 +184,29 @@ class _Running:
         found = "All tensors and the logits are" if is_base else "The tensors or the logits are not"
         _note(self.checks, UNMERGED, is_base, f"{found} the base's to the bit.")
 
+    def _expected_rows(self) -> dict[tuple[int, str], dict[int, Tensor]]:
+        """By layer and stacked parameter, then by expert: the row that a merge has to leave in the base."""
+        rows, expected = self.delta.load_rows(), {}
+        for layer in moe_layers(self.base.model):
+            ids = self.delta.config.experts.get(layer.index, ())
+            for name in changed_parameters(self.delta, layer) if ids else ():
+                merged = merged_rows(self.delta, rows, layer, name)
+                expected[layer.index, name] = dict(zip(ids, merged, strict=True))
+        return expected
+
     def _zero(self, wrapped: PeftModel) -> None:
         name, own = "metier-zero", wrapped.active_adapter
         experts = {layer: list(ids) for layer, ids in self.delta.config.experts.items()}
-        wrapped.add_adapter(name, EsftConfig(experts=experts))
+        low_rank = self.delta.config.low_rank
+        zero = EsftConfig(experts=experts) if low_rank is None else ExpertLoraConfig(experts=experts, r=low_rank.r)
+        wrapped.add_adapter(name, zero)
         wrapped.set_adapter(name)
         zero_BSV = logits_of(wrapped, self.tokens_BS)
         wrapped.set_adapter(own)
         wrapped.delete_adapter(name)
         difference = largest_difference(zero_BSV, self.base_BSV)
-        found = f"The base's own rows as a delta change a logit by {difference:.3g} at most."
+        what = "The base's own rows as a delta" if low_rank is None else "Changes of zero"
+        found = f"{what} change a logit by {difference:.3g} at most."
         _note(self.checks, ZERO, torch.equal(zero_BSV, self.base_BSV), found)
 
     def _same(self, got_BSV: Tensor) -> tuple[bool, str]:

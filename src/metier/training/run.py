@@ -139,8 +139,8 @@ def _tell_of_padding(items: EncodedSet, config: RunConfig, console: Console) -> 
 
 
 def _save(model: PreTrainedModel | peft.PeftModel, tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> None:
-    """ESFT's delta in the base's dtype, another adapter as PEFT writes it, and full fine-tuning's whole model."""
-    if isinstance(model, peft.PeftModel) and model.peft_config["default"].peft_type == "ESFT":
+    """A delta in the base's dtype, another adapter as PEFT writes it, and full fine-tuning's whole model."""
+    if isinstance(model, peft.PeftModel) and model.peft_config["default"].peft_type in ("ESFT", "EXPERT_LORA"):
         save_delta(model, folder.adapter)
         return
     if isinstance(model, peft.PeftModel):

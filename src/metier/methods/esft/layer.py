@@ -40,7 +40,7 @@ class EsftExperts(ExpertTunerLayer):
             getattr(self, f"esft_{name}")[adapter_name] = nn.Parameter(rows)
         BaseTunerLayer.set_adapter(self, self._active())
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As the experts contract has it: (T, D), (T, K) int64, (T, K) → (T, D)."""
         if self.disable_adapters and self.merged:

@@ -62,7 +62,7 @@ class LoraExperts(ExpertTunerLayer):
             getattr(self, f"expert_lora_{projection}_B")[adapter_name] = nn.Parameter(b_COR)
         BaseTunerLayer.set_adapter(self, self._active())
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As the experts contract has it: (T, D), (T, K) int64, (T, K) → (T, D)."""
         if self.disable_adapters and self.merged:
