@@ -99,7 +99,7 @@ def read_file_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
     try:
         with safe_open(path, framework="np") as file:
             names = set(file.keys())
-        header, data_start = _parse(path)
+        header, data_start = parse_header(path)
     except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise CorruptDeltaError(f"{path}: got no valid safetensors file ({error}).\n{DAMAGED}") from error
     metadata = header.pop("__metadata__", None) or {}
@@ -139,7 +139,8 @@ def _chunks(mapped: mmap.mmap, tensor: StoredTensor) -> Iterator[bytes]:
         yield mapped[first : min(first + _CHUNK_BYTES, tensor.end_byte)]
 
 
-def _parse(path: Path) -> tuple[dict[str, Any], int]:
+def parse_header(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's header as JSON, with `__metadata__` if it has any, and the byte at which its data begin."""
     with path.open("rb") as file:
         num_bytes = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(num_bytes), object_pairs_hook=_no_key_twice)

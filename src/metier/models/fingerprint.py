@@ -38,7 +38,7 @@ def fingerprint(model: nn.Module) -> str:
     layers = moe_layers(bare)
     digest = hashlib.sha256(json.dumps(_essentials(bare, layers), sort_keys=True).encode())
     for layer in layers:
-        for name, tensor in _router_tensors(bare, layer):
+        for name, tensor in router_tensors(bare, layer):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(_normalised_bytes(tensor))
     return digest.hexdigest()
@@ -55,7 +55,8 @@ def _essentials(bare: nn.Module, layers: list[MoELayer]) -> dict[str, object]:
     return essentials
 
 
-def _router_tensors(bare: nn.Module, layer: MoELayer) -> Iterator[tuple[str, Tensor]]:
+def router_tensors(bare: nn.Module, layer: MoELayer) -> Iterator[tuple[str, Tensor]]:
+    """All that a fingerprint covers of a layer's values: name in the bare model, and tensor."""
     # some families keep the router's correction bias in the block instead of in the router
     block_path = layer.path.rpartition(".")[0]
     yield from own_tensors(original_module(bare.get_submodule(block_path)), f"{block_path}.")

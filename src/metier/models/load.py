@@ -80,16 +80,16 @@ def load(
     """
     source = str(model)
     resolved_dtype, resolved_device = _dtype(dtype), _device(device)
-    target = _resolve(model, revision=revision)
+    target = resolve_source(model, revision=revision)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         common["revision"] = revision
-    network_class = _network_class(source, _config(target, common))
+    network_class = network_class_for(source, read_config(target, common))
     try:
         network, info = network_class.from_pretrained(target, dtype=resolved_dtype, output_loading_info=True, **common)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(
-            f"{source}: the model could not be loaded: {_first_line(error)}\n"
+            f"{source}: the model could not be loaded: {first_line(error)}\n"
             f"Expected a causal language model that the installed transformers knows, with its weights."
         ) from error
     if info["missing_keys"]:
@@ -126,7 +126,7 @@ def _device(device: str | None) -> torch.device:
     return resolved
 
 
-def _resolve(model: str | Path, *, revision: str | None) -> str:
+def resolve_source(model: str | Path, *, revision: str | None = None) -> str:
     """The folder's path or the hub id, after every check that needs no network."""
     if model == EMBEDDED:
         from metier.embedded import model_path  # the package's data is only touched when asked for
@@ -160,7 +160,7 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _network_class(source: str, config: PreTrainedConfig) -> Any:
+def network_class_for(source: str, config: PreTrainedConfig) -> Any:
     """A multimodal model has no text-only class in many families; it takes text alone just as well."""
     kind = type(config)
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -173,7 +173,7 @@ def _network_class(source: str, config: PreTrainedConfig) -> Any:
     return AutoModelForMultimodalLM if kind in MODEL_FOR_MULTIMODAL_LM_MAPPING else AutoModelForCausalLM
 
 
-def _config(target: str, common: dict[str, Any]) -> PreTrainedConfig:
+def read_config(target: str, common: dict[str, Any]) -> PreTrainedConfig:
     """The configuration; a ModelError where it cannot be read without running the repository's own code."""
     try:
         return AutoConfig.from_pretrained(target, **common)
@@ -184,7 +184,7 @@ def _config(target: str, common: dict[str, Any]) -> PreTrainedConfig:
                 f"unless asked.\nRead that code; if you trust it, load with trust_remote_code=True."
             ) from error
         raise ModelError(
-            f"{target}: the configuration could not be read: {_first_line(error)}\n"
+            f"{target}: the configuration could not be read: {first_line(error)}\n"
             f"Expected a model folder, a hub id that can be reached (and, if gated, a login), or 'embedded'."
         ) from error
 
@@ -196,7 +196,7 @@ def _load_tokenizer(source: str, target: str, common: dict[str, Any]) -> PreTrai
         next_step = "Save a tokenizer that the installed transformers can read into the model's folder."
         if "trust_remote_code" in str(error):
             next_step = "It needs code from its repository; if you trust it, load with trust_remote_code=True."
-        raise ModelError(f"{source}: the tokenizer could not be loaded: {_first_line(error)}\n{next_step}") from error
+        raise ModelError(f"{source}: the tokenizer could not be loaded: {first_line(error)}\n{next_step}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase), f"got {type(tokenizer).__name__} as tokenizer"
     return tokenizer
 
@@ -213,5 +213,5 @@ def _ensure_pad_token(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
