@@ -74,8 +74,25 @@ class RunConfig:
     lora_dropout: float = 0.0
     """Dropout of a LoRA's inputs; 0 where it is on all experts."""
 
+    train_shared_experts: bool = False
+    """Train the shared experts of every MoE layer too, whole."""
+    train_router: bool = False
+    """Train the router of every MoE layer too."""
+    train_attention: bool = False
+    """Train the attention of every layer too, whole."""
+    train_norms: bool = False
+    """Train the norms between the layers' parts too."""
+
     learning_rate: float = 1e-5
     """Peak learning rate. The paper's values: 1e-5 for esft, 3e-5 for full, 1e-4 for lora."""
+    shared_experts_learning_rate: float | None = None
+    """Peak learning rate of the shared experts; `learning_rate` where it is not set."""
+    router_learning_rate: float | None = None
+    """The same of the routers."""
+    attention_learning_rate: float | None = None
+    """The same of attention."""
+    norms_learning_rate: float | None = None
+    """The same of the norms."""
     per_device_train_batch_size: int = 4
     """Records that one device processes at once."""
     gradient_accumulation_steps: int = 1
@@ -124,6 +141,19 @@ class RunConfig:
             _require(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
         for name in ("learning_rate", "num_train_epochs", "lora_alpha", "general_ratio"):
             _require(getattr(self, name) > 0, name, "be greater than 0", getattr(self, name))
+        for group in _GROUPS:
+            rate = getattr(self, f"{group}_learning_rate")
+            _require(rate is None or rate > 0, f"{group}_learning_rate", "be greater than 0", rate)
+            if rate is not None and group not in self.also_train:
+                raise ConfigError(
+                    f"{group}_learning_rate is set, but {group} would not be trained. Set train_{group}: true, or "
+                    "leave the rate out."
+                )
+        if self.also_train and self.method not in ("esft", "expert_lora"):
+            raise ConfigError(
+                f"train_{self.also_train[0]} goes with the methods esft and expert_lora, got method {self.method}: "
+                "full trains everything, and lora only its own changes. Leave it out."
+            )
         for name in ("top_p", "select_top_fraction", "stability_threshold"):
             value = getattr(self, name)
             _require(value is None or 0 < value <= 1, name, "be in (0, 1]", value)
@@ -138,11 +168,23 @@ class RunConfig:
             raise ConfigError("minus_general needs general_dataset, whose scores are subtracted. Name one.")
         _require(self.lora_dropout < 1, "lora_dropout", "be less than 1", self.lora_dropout)
 
+    @property
+    def also_train(self) -> tuple[str, ...]:
+        """The groups of modules that are trained whole beside the experts."""
+        return tuple(group for group in _GROUPS if getattr(self, f"train_{group}"))
+
+    @property
+    def own_learning_rates(self) -> dict[str, float]:
+        """Peak learning rates of those groups that have their own."""
+        rates = {group: getattr(self, f"{group}_learning_rate") for group in self.also_train}
+        return {group: rate for group, rate in rates.items() if rate is not None}
+
     def to_yaml(self) -> str:
         """The configuration as YAML that `load_run_config` reads back to an equal one."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
 
 
+_GROUPS = ("shared_experts", "router", "attention", "norms")
 _POLICIES = ("top_p", "select_top_k", "select_top_fraction", "select_budget_bytes")
 _AT_LEAST_ONE = (
     "profile_tokens",

@@ -36,7 +36,9 @@ def test_cards_have_front_matter_that_the_hub_reads() -> None:
     assert values["license"] == "mit"
     assert values["library_name"] == "transformers"
     assert "rows of 3 routed experts" in merged
-    values = yaml.safe_load(delta_card(base="o/b", fingerprint="f", experts=experts).split("---\n")[1])
+    values = yaml.safe_load(
+        delta_card(base="o/b", fingerprint="f", experts=experts, is_low_rank=False, also_train=()).split("---\n")[1]
+    )
     assert values == {"library_name": "peft", "base_model": "o/b", "tags": ["metier", "esft"]}
     unknown = merged_card(base="b", fingerprint="f", delta="d", experts=experts, licence="unknown")
     assert "licence of the base: unknown" in unknown

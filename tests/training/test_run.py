@@ -186,11 +186,15 @@ def test_a_limit_keeps_the_newest_checkpoints(configure: Configure, console: Con
     }
 
 
-@pytest.mark.parametrize("method", ["esft", "expert_lora", "lora", "full"])
+WHOLE = {"train_shared_experts": True, "train_router": True, "train_attention": True, "train_norms": True}
+
+
+@pytest.mark.parametrize("method", ["esft", "expert_lora", "lora", "full", "esft and more"])
 def test_a_run_killed_with_sigkill_and_resumed_gives_the_same_bits(
     method: str, configure: Configure, console: Console
 ) -> None:
-    options = {"method": method, "max_steps": 30, "save_steps": 2, "gradient_accumulation_steps": 2}
+    more = {**WHOLE, "router_learning_rate": 1e-4, "norms_learning_rate": 3e-3} if "more" in method else {}
+    options = {"method": method.split()[0], **more, "max_steps": 30, "save_steps": 2, "gradient_accumulation_steps": 2}
     straight = train(configure("straight", **options), console=console)
     config = configure("killed", **options)
     Path(config.output_dir).with_suffix(".yaml").write_text(config.to_yaml())

@@ -36,6 +36,10 @@ class AdapterConfig:
     """Path of the base's experts module, by decoder layer."""
     low_rank: LowRankSettings | None = None
     """Of a LoRA on experts; None where rows replace the base's."""
+    also_train: tuple[str, ...] = ()
+    """Groups of modules that are replaced whole, as names for people."""
+    whole_modules: tuple[str, ...] = ()
+    """Paths of the base's modules whose parameters are all replaced."""
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -76,6 +80,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         num_experts=num_experts,
         paths=_paths(path, values.get("target_modules"), experts),
         low_rank=read_low_rank(path, values, experts) if method == EXPERT_LORA else None,
+        also_train=_names(path, "also_train", values.get("also_train")),
+        whole_modules=_names(path, "whole_modules", values.get("whole_modules")),
     )
 
 
@@ -103,6 +109,14 @@ def _paths(path: Path, value: Any, experts: dict[int, tuple[int, ...]]) -> dict[
     one_each = paths.keys() == experts.keys() and len(value) == len(experts)
     _expect(path, "target_modules", value, one_each, f"one path for each of the layers {list(experts)}")
     return dict(sorted(paths.items()))
+
+
+def _names(path: Path, key: str, value: Any) -> tuple[str, ...]:
+    """A list of names, each once; none where the key is missing or null."""
+    is_list = value is None or (isinstance(value, list) and all(isinstance(item, str) and item for item in value))
+    _expect(path, key, value, is_list, "a list of names, or null")
+    _expect(path, key, value, len(set(value or ())) == len(value or ()), "each name once")
+    return tuple(value or ())
 
 
 def _is_count(value: Any) -> bool:

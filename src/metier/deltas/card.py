@@ -25,7 +25,12 @@ def licence_of(folder: Path) -> str:
 
 
 def delta_card(
-    *, base: str, fingerprint: str | None, experts: Mapping[int, Sequence[int]], is_low_rank: bool = False
+    *,
+    base: str,
+    fingerprint: str | None,
+    experts: Mapping[int, Sequence[int]],
+    is_low_rank: bool,
+    also_train: Sequence[str],
 ) -> str:
     """The card of a delta's folder."""
     kind = "LoRA on experts" if is_low_rank else "ESFT delta"
@@ -33,6 +38,8 @@ def delta_card(
     what = f"Rows of {num_experts} routed experts that replace the base's"
     if is_low_rank:
         what = f"Low-rank changes of {num_experts} routed experts, `W + scale * B A`"
+    if also_train:
+        what += f", and whole modules: {', '.join(also_train)}"
     return f"""{_front_matter(base=base, licence="unknown", library="peft")}
 # {kind} of {base}
 

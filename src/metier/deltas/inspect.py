@@ -26,6 +26,8 @@ class DeltaSummary:
     experts: dict[int, tuple[int, ...]]
     num_experts: int | None
     """Routed experts a layer of the base."""
+    also_train: tuple[str, ...]
+    """Groups of modules that are replaced whole."""
     num_parameters: int
     num_bytes: int
     """Of the tensors' file."""
@@ -57,6 +59,7 @@ class DeltaSummary:
             ("base's fingerprint", self.base_fingerprint or _UNKNOWN),
             ("layers", str(len(self.experts))),
             ("experts", str(num_selected)),
+            *([("whole modules", ", ".join(self.also_train))] if self.also_train else []),
             ("parameters", f"{self.num_parameters:,}"),
             ("of the base's experts", share),
             ("bytes", f"{self.num_bytes:,}"),
@@ -102,6 +105,7 @@ def summarise(delta: Delta) -> DeltaSummary:
         num_experts=delta.config.num_experts,
         num_parameters=sum(tensor.num_parameters for tensor in delta.tensors.values()),
         num_bytes=(delta.folder / TENSORS_FILE).stat().st_size,
+        also_train=delta.config.also_train,
         ranks=tuple(sorted(ranks)),
         dtypes=tuple(sorted({tensor.dtype for tensor in delta.tensors.values()})),
         base_expert_parameters=None if known is None else int(known),

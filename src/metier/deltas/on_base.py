@@ -11,12 +11,13 @@ from torch import nn
 
 from metier.deltas.adapter_config import AdapterConfig
 from metier.deltas.changes import changed_parameters, merged_rows
-from metier.deltas.format import rows_name
+from metier.deltas.format import NAME_PREFIX, rows_name
 from metier.deltas.low_rank import stack_shapes
 from metier.deltas.read import Delta
 from metier.errors import BaseMismatchError, CorruptDeltaError, SelectionError
 from metier.models.fingerprint import fingerprint
 from metier.models.moe import MoELayer, moe_layers
+from metier.models.unwrap import base_module
 
 
 class Configured(Protocol):
@@ -69,6 +70,7 @@ def check_tensors(delta: Delta, model: nn.Module) -> None:
         if layer.index in delta.config.experts:
             shapes = _shapes(delta.config, layer).items()
             expected |= {rows_name(layer.path, name, delta.config.method): shape for name, shape in shapes}
+    expected |= _whole_shapes(delta, model)
     for name in sorted(expected.keys() | delta.tensors.keys()):
         got = delta.tensors[name].shape if name in delta.tensors else None
         if got != expected.get(name):
@@ -76,6 +78,20 @@ def check_tensors(delta: Delta, model: nn.Module) -> None:
                 f"{delta.folder}: {name}: got {_shape(got)}, expected {_shape(expected.get(name))} by the base's "
                 "experts.\nThe delta belongs to another base, or was altered."
             )
+
+
+def _whole_shapes(delta: Delta, model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """By stored name: what the parameters of modules that are replaced whole have to be."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in delta.config.whole_modules:
+        module = base_module(model, path)
+        if module is None:
+            raise CorruptDeltaError(
+                f"{delta.folder}: the delta replaces module {path}, which the base does not have.\n"
+                "The delta belongs to another base, or was altered."
+            )
+        shapes |= {f"{NAME_PREFIX}{path}.{name}": tuple(p.shape) for name, p in module.named_parameters()}
+    return shapes
 
 
 def _shapes(config: AdapterConfig, layer: MoELayer) -> dict[str, tuple[int, ...]]:
@@ -98,6 +114,11 @@ def rows_not_finite(delta: Delta) -> list[str]:
         for layer, tensors in delta.load_rows().items()
         for name, rows in tensors.items()
         if not torch.isfinite(rows).all()
+    ] + [
+        f"{path}.{name}"
+        for path, values in delta.load_whole().items()
+        for name, value in values.items()
+        if not torch.isfinite(value).all()
     ]
 
 
@@ -115,3 +136,9 @@ def rows_not_moved(delta: Delta, model: nn.Module) -> Iterator[str]:
             for expert, has_moved in zip(ids, moved, strict=True):
                 if not has_moved:
                     yield f"layers.{layer.index} expert {expert} {name}"
+    for path, values in delta.load_whole().items():
+        module = base_module(model, path)
+        assert module is not None, "check_tensors found every module"
+        for name, parameter in module.named_parameters():
+            if torch.equal(values[name].to(parameter), parameter):
+                yield f"{path}.{name}"

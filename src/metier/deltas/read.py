@@ -24,6 +24,7 @@ from metier.deltas.format import (
     HEADER_SUM,
     LOW_RANK,
     METADATA_KEYS,
+    NAME_PREFIX,
     ROWS_PREFIXES,
     TENSORS_FILE,
     experts_text,
@@ -59,7 +60,7 @@ class Delta:
     folder: Path
     config: AdapterConfig
     tensors: dict[str, StoredTensor]
-    """The rows, without the expert ids."""
+    """The rows and whole modules, without the expert ids."""
     metadata: dict[str, str]
     """Of the safetensors file."""
 
@@ -85,6 +86,20 @@ class Delta:
             del rows[layer][EXPERT_IDS]
         return rows
 
+    def load_whole(self) -> dict[str, dict[str, Tensor]]:
+        """Parameters of the modules that are replaced whole: by module path, then by parameter name."""
+        from safetensors import safe_open  # torch only when tensors are wanted
+
+        whole: dict[str, dict[str, Tensor]] = {path: {} for path in self.config.whole_modules}
+        if not whole:
+            return whole
+        with safe_open(self.folder / TENSORS_FILE, framework="pt") as file:
+            for name in self.tensors:
+                path = whole_module_of(name, self.config)
+                if path is not None:
+                    whole[path][name.removeprefix(f"{NAME_PREFIX}{path}.")] = file.get_tensor(name)
+        return whole
+
 
 def read_delta(folder: str | Path, *, whole_rows_for: str | None = None) -> Delta:
     """The delta in `folder`, checked.
@@ -108,6 +123,12 @@ def read_delta(folder: str | Path, *, whole_rows_for: str | None = None) -> Delt
         raise DeltaError(
             f"{folder}: got a delta of type {config.method}, but {whole_rows_for} needs one of type {ESFT}, whose rows "
             "replace whole experts.\nThis one is small as it is: serve it beside its base, or `metier merge` it."
+        )
+    if whole_rows_for is not None and config.whole_modules:
+        raise DeltaError(
+            f"{folder}: the delta replaces {config.whole_modules[0]} too, but {whole_rows_for} knows routed "
+            "experts only.\n"
+            "Serve it beside its base, or `metier merge` it."
         )
     ids = {rows_name(path, EXPERT_IDS, config.method) for path in config.paths.values()}
     rows = {name: tensor for name, tensor in stored.items() if name not in ids}
@@ -163,11 +184,24 @@ def _check_tensors(where: Path, tensors: dict[str, StoredTensor], config: Adapte
                 f"up_proj) and down_proj, and where the family has biases both of theirs.\n{DAMAGED}"
             )
         _check_shapes(f"{where}: layers.{layer}", rows, len(config.experts[layer]))
+    for path in config.whole_modules:
+        own = {name: left.pop(name) for name in tensors if whole_module_of(name, config) == path and name in left}
+        bad = sorted(name for name, tensor in own.items() if tensor.dtype not in DTYPES or 0 in tensor.shape)
+        if bad or not own:
+            got = f"{bad[0]} as {own[bad[0]].dtype} {list(own[bad[0]].shape)}" if bad else "no tensor"
+            raise CorruptDeltaError(
+                f"{where}: {path}: got {got}, expected the parameters of a module that is replaced whole.\n{DAMAGED}"
+            )
     if left:
         raise CorruptDeltaError(
             f"{where}: got tensor {min(left)!r}, which is none of the rows that adapter_config.json selects (they are "
             f"named {ROWS_PREFIXES[config.method]}… in layers {list(config.paths)}).\n{DAMAGED}"
         )
+
+
+def whole_module_of(name: str, config: AdapterConfig) -> str | None:
+    """The path of the whole module that a stored tensor is a parameter of, or None."""
+    return next((path for path in config.whole_modules if name.startswith(f"{NAME_PREFIX}{path}.")), None)
 
 
 def _check_ids(where: Path, stored: dict[str, StoredTensor], config: AdapterConfig) -> None:

@@ -15,6 +15,7 @@ from metier.errors import ConfigError, DeltaError
 from metier.methods.esft import EsftConfig
 from metier.methods.expert_layer import ExpertTunerLayer
 from metier.methods.expert_lora import ExpertLoraConfig
+from metier.methods.whole_module import whole_modules
 
 
 def save_delta(
@@ -70,6 +71,9 @@ def _rows(model: PeftModel, config: DeltaConfig, adapter_name: str, dtype: torch
             served = getattr(layer.base_layer, layer.base_names[0]).dtype
             names = [f"{NAME_PREFIX}{layer.path}.{name}" for name in layer.adapter_layer_names]
             dtypes |= dict.fromkeys(names, dtype or served)
+    for path, module in whole_modules(model.get_base_model()).items():
+        for name, parameter in module.original_module.named_parameters():
+            dtypes[f"{NAME_PREFIX}{path}.{name}"] = dtype or parameter.dtype
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     for name, ids in expert_ids(config).items():
         got = state.pop(name).tolist()

@@ -83,6 +83,7 @@ def write_delta(folder: Path, *, model: nn.Module, config: DeltaConfig, rows: Ma
             fingerprint=config.base_fingerprint,
             experts=config.experts,
             is_low_rank=isinstance(config, ExpertLoraConfig),
+            also_train=config.also_train or (),
         )
         (new / CARD_FILE).write_text(card, encoding="utf-8")
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from metier.errors import BaseMismatchError, DeltaError, SelectionError
 from metier.methods.adapter_state import checked_state, with_expert_ids
+from metier.methods.whole_module import COPIES, WholeModule, loadable, whole_modules
 from metier.models.fingerprint import fingerprint
+from metier.models.groups import group_paths
 from metier.models.moe import MoELayer, moe_layers
 
 BASE = "__base__"
@@ -84,6 +86,27 @@ class ExpertTuner(BaseTuner):
         paths = {view.index: path for path, view in self._views.items()}
         config.target_modules = [paths[index] for index in config.experts]
         del self._views
+        self._add_whole_modules(adapter_name, config)
+
+    def _add_whole_modules(self, adapter_name: str, config: PeftConfig) -> None:
+        """Give the adapter a copy of each module that it trains whole; PEFT switches them from here on."""
+        groups = config.also_train or ()
+        config.whole_modules = [path for group in groups for path in group_paths(self.model, group)] or None
+        for path in config.whole_modules or ():
+            parent_path, _, name = path.rpartition(".")
+            parent = self.model.get_submodule(parent_path)
+            module = getattr(parent, name)
+            if isinstance(module, WholeModule):
+                module.update(adapter_name)
+                continue
+            wrapper = WholeModule(module, adapter_name)
+            if adapter_name not in self.active_adapters:
+                wrapper.set_adapter([])
+            setattr(parent, name, wrapper)
+        for wrapper in whole_modules(self.model).values():
+            for adapter, copy in wrapper.modules_to_save.items():
+                is_trained = adapter in self.active_adapters and not self.peft_config[adapter].inference_mode
+                copy.requires_grad_(is_trained)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge in every layer, or in none where one of them cannot be merged."""
@@ -128,6 +151,12 @@ class ExpertTuner(BaseTuner):
         if self.training:
             raise DeltaError("adapter_names mixes adapters for inference only; call model.eval() first.")
         self._check_known([name for name in names if name != BASE], "adapter_names")
+        with_copies = sorted({name for name in set(names) - {BASE} if self.peft_config[name].also_train})
+        if with_copies:
+            raise DeltaError(
+                f"adapter_names mixes adapters, but {with_copies} train whole modules beside experts, which a batch "
+                "cannot mix. Answer them one adapter at a time, or merge."
+            )
         layers = self._layers()
         merged = sorted({name for layer in layers for name in layer.merged_adapters})
         if merged:
@@ -169,7 +198,11 @@ class ExpertTuner(BaseTuner):
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        return checked_state(model, adapter_name, remapped)
+        copies = {path: module for path, module in whole_modules(model).items() if adapter_name in module._adapters}
+        loaded = loadable(copies, adapter_name, remapped)
+        own = {name for path in copies for name in loaded if name.startswith(f"{path}.{COPIES}.")}
+        rows = checked_state(model, adapter_name, {name: t for name, t in loaded.items() if name not in own})
+        return {**rows, **{name: loaded[name] for name in own}}
 
 
 def _check_experts(index: int, ids: list[int], layers: dict[int, MoELayer], base: str) -> None:

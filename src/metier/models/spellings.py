@@ -25,6 +25,7 @@ ENCODER_LAYERS = ("encoder_layers", "num_layers")
 
 ROUTER_NAMES = ("gate", "router")
 SHARED_EXPERTS_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
+SHARED_GATE_NAMES = ("shared_expert_gate",)
 
 LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|blocks|block|h)\.(\d+)(?=\.)")
 """The decoder layer's number inside a module path such as `model.layers.7.mlp.experts`."""

@@ -41,6 +41,14 @@ def original_module(module: nn.Module) -> nn.Module:
     return module
 
 
+def base_module(model: nn.Module, path: str) -> nn.Module | None:
+    """The base's own module at `path` of the bare model, whatever PEFT has put around it; None where there is none."""
+    try:
+        return original_module(bare_model(model).get_submodule(path))
+    except AttributeError:
+        return None
+
+
 def base_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Parameters and saved buffers of the base in `module`, under the base's names; adapters' tensors are
     left out."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.table import Table
 from torch import nn
 
+from metier.methods.whole_module import COPIES
 from metier.models.unwrap import base_path
 from metier.routing.selection import ExpertSelection
 
@@ -91,19 +92,26 @@ class TrainingPlan:
 
 def training_plan(model: nn.Module, *, method: str, selection: ExpertSelection | None) -> TrainingPlan:
     """Count what wants gradients and what does not, per decoder layer."""
+    whole: dict[str, dict[str, None]] = {}
     counts: dict[str, list[int]] = {}
     base_bytes = 0
     for name, parameter, is_adapter in _parameters(model):
         found = _LAYER.search(name)
         row = counts.setdefault(found.group(1) if found else "other", [0, 0, 0])
         if parameter.requires_grad:
+            if f".{COPIES}." in name:
+                module = bare_name(name)
+                whole.setdefault(found.group(1) if found else "other", {})[module] = None
             row[0] += parameter.numel()
             row[1] += parameter.numel() * parameter.element_size()
         else:
             row[2] += parameter.numel()
         base_bytes += 0 if is_adapter else parameter.numel() * parameter.element_size()
     order = sorted(counts, key=lambda key: (key == "other", int(key) if key != "other" else 0))
-    rows = tuple(PlanRow(key, _what(key, counts[key][0], method, selection), *counts[key]) for key in order)
+    rows = tuple(
+        PlanRow(key, _what(key, counts[key][0], method, selection, list(whole.get(key, {}))), *counts[key])
+        for key in order
+    )
     return TrainingPlan(method, rows, base_bytes)
 
 
@@ -114,10 +122,17 @@ def megabytes(num_bytes: int) -> str:
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
     for name, parameter in model.named_parameters():
         bare = "." + base_path(name)
-        yield bare, parameter, "esft_" in bare or "lora_" in bare
+        yield bare, parameter, "esft_" in bare or "lora_" in bare or f".{COPIES}." in bare
 
 
-def _what(key: str, num_trained: int, method: str, selection: ExpertSelection | None) -> str:
+def bare_name(parameter: str) -> str:
+    """Which module of a layer a copy's parameter is of, such as `mlp.gate` or `self_attn`."""
+    path = base_path(parameter.partition(f".{COPIES}.")[0])
+    layer = _LAYER.search(f".{path}.")
+    return path.rpartition(".")[2] if layer is None else f".{path}."[layer.end() :].strip(".")
+
+
+def _what(key: str, num_trained: int, method: str, selection: ExpertSelection | None, whole: list[str]) -> str:
     if not num_trained:
         return "nothing"
     if method == "full":
@@ -125,7 +140,10 @@ def _what(key: str, num_trained: int, method: str, selection: ExpertSelection | 
     if method == "lora":
         return "LoRA on all experts"
     assert selection is not None
-    ids = selection.experts[int(key)]
+    ids = selection.experts.get(int(key), ()) if key != "other" else ()
+    if not ids:
+        return f"whole {', '.join(whole)}"
     total = f" of {selection.num_experts}" if selection.num_experts else ""
     prefix = "LoRA on " if method == "expert_lora" else ""
-    return f"{prefix}{len(ids)}{total} experts: {', '.join(map(str, ids))}"
+    beside = f"; whole {', '.join(whole)}" if whole else ""
+    return f"{prefix}{len(ids)}{total} experts: {', '.join(map(str, ids))}{beside}"

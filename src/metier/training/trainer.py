@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from metier.config import RunConfig
 from metier.data.collate import Collator, PaddingFreeCollator
 from metier.data.encode import Encoded
+from metier.training.learning_rates import set_learning_rates
 
 
 def make_trainer(
@@ -41,6 +42,8 @@ def make_trainer(
         data_collator=(PaddingFreeCollator if config.padding_free else Collator)(int(tokenizer.pad_token_id)),
         callbacks=callbacks,
     )
+    if config.own_learning_rates:
+        set_learning_rates(trainer, model, config.own_learning_rates)
     for shown_elsewhere in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown_elsewhere)
     return trainer

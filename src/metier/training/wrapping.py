@@ -29,9 +29,15 @@ def wrap(
         return peft.get_peft_model(model, _lora_on_all_experts(model, config))
     assert selection is not None, "a run on selected experts selects before it wraps"
     if config.method == "expert_lora":
-        options = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
-        return peft.get_peft_model(model, ExpertLoraConfig.from_selection(selection, **options))
-    return peft.get_peft_model(model, EsftConfig.from_selection(selection))
+        lora = ExpertLoraConfig.from_selection(
+            selection,
+            also_train=config.also_train,
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+        )
+        return peft.get_peft_model(model, lora)
+    return peft.get_peft_model(model, EsftConfig.from_selection(selection, also_train=config.also_train))
 
 
 def selects_experts(config: RunConfig) -> bool:

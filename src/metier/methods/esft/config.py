@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
-from metier.errors import SelectionError
 from metier.methods.expert_ids import expert_ids_by_layer
 from metier.methods.peft_types import MetierPeftType
+from metier.methods.whole_module import checked_groups, groups_of
 from metier.routing.selection import ExpertSelection
 
 
@@ -18,11 +19,19 @@ class EsftConfig(PeftConfig):
 
     Raises:
         SelectionError: `experts` is missing, empty, or not a mapping of layer numbers to expert ids.
+        ConfigError: `also_train` names an unknown group of modules.
     """
 
     experts: dict[int, list[int]] | None = field(
         default=None,
         metadata={"help": "Expert ids to train, by decoder layer (counted from 0, dense layers included)."},
+    )
+    also_train: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules to train whole beside the experts: shared_experts, router, attention, norms."},
+    )
+    whole_modules: list[str] | None = field(
+        default=None, metadata={"help": "Paths of the modules trained whole; set when the adapter is made."}
     )
     base_fingerprint: str | None = field(
         default=None, metadata={"help": "Fingerprint of the base; set when the adapter is made, checked ever after."}
@@ -38,19 +47,21 @@ class EsftConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = MetierPeftType.ESFT
         self.experts = expert_ids_by_layer(self.experts, type(self).__name__)
+        self.also_train = checked_groups(self.also_train, type(self).__name__)
 
     @classmethod
-    def from_selection(cls, selection: ExpertSelection) -> EsftConfig:
-        """The configuration that trains a selection's experts.
+    def from_selection(cls, selection: ExpertSelection, *, also_train: Sequence[str] = ()) -> EsftConfig:
+        """The configuration that trains a selection's experts, and shared experts too where it says so.
+
+        Args:
+            selection: which experts.
+            also_train: groups of modules to train whole: `shared_experts`, `router`, `attention`, `norms`.
 
         Raises:
-            SelectionError: the selection wants shared experts or other modules trained too, which ESFT's format allows
-                and this tuner does not do.
+            SelectionError: the selection wants all other modules trained too, which in ESFT's format means embeddings
+                and the output layer as well.
         """
-        if selection.shared_experts or selection.non_expert_modules:
-            raise SelectionError(
-                f"the selection has shared_experts={selection.shared_experts} and "
-                f"non_expert_modules={selection.non_expert_modules}, but the ESFT tuner trains routed experts only.\n"
-                "Set both to false."
-            )
-        return cls(experts={layer: list(ids) for layer, ids in selection.experts.items()})
+        return cls(
+            experts={layer: list(ids) for layer, ids in selection.experts.items()},
+            also_train=groups_of(selection, also_train),
+        )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
-from metier.errors import ConfigError, SelectionError
+from metier.errors import ConfigError
 from metier.methods.expert_ids import expert_ids_by_layer
 from metier.methods.peft_types import MetierPeftType
+from metier.methods.whole_module import checked_groups, groups_of
 from metier.routing.selection import ExpertSelection
 
 
@@ -33,6 +35,13 @@ class ExpertLoraConfig(PeftConfig):
     ranks: dict[int, dict[int, int]] | None = field(
         default=None, metadata={"help": "Other ranks than r: by decoder layer, then by expert."}
     )
+    also_train: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules to train whole beside the experts: shared_experts, router, attention, norms."},
+    )
+    whole_modules: list[str] | None = field(
+        default=None, metadata={"help": "Paths of the modules trained whole; set when the adapter is made."}
+    )
     base_fingerprint: str | None = field(
         default=None, metadata={"help": "Fingerprint of the base; set when the adapter is made, checked ever after."}
     )
@@ -47,6 +56,7 @@ class ExpertLoraConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = MetierPeftType.EXPERT_LORA
         self.experts = expert_ids_by_layer(self.experts, type(self).__name__)
+        self.also_train = checked_groups(self.also_train, type(self).__name__)
         # JSON knows no numbers as keys
         ranks = {int(layer): {int(e): r for e, r in by.items()} for layer, by in (self.ranks or {}).items()}
         self.ranks = ranks or None
@@ -62,19 +72,21 @@ class ExpertLoraConfig(PeftConfig):
         return self.lora_alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     @classmethod
-    def from_selection(cls, selection: ExpertSelection, **options: object) -> ExpertLoraConfig:
+    def from_selection(
+        cls, selection: ExpertSelection, *, also_train: Sequence[str] = (), **options: object
+    ) -> ExpertLoraConfig:
         """The configuration that changes a selection's experts; `options` are this class' other fields.
 
+        Args:
+            selection: which experts; where it says so, shared experts are trained whole.
+            also_train: groups of modules to train whole: `shared_experts`, `router`, `attention`, `norms`.
+            options: other fields of the configuration.
+
         Raises:
-            SelectionError: the selection wants shared experts or other modules trained too, which this tuner does not.
+            SelectionError: as `EsftConfig.from_selection`.
         """
-        if selection.shared_experts or selection.non_expert_modules:
-            raise SelectionError(
-                f"the selection has shared_experts={selection.shared_experts} and "
-                f"non_expert_modules={selection.non_expert_modules}, but LoRA on experts changes routed experts only.\n"
-                "Set both to false."
-            )
-        return cls(experts={layer: list(ids) for layer, ids in selection.experts.items()}, **options)  # type: ignore[arg-type]
+        experts = {layer: list(ids) for layer, ids in selection.experts.items()}
+        return cls(experts=experts, also_train=groups_of(selection, also_train), **options)  # type: ignore[arg-type]
 
     def _check(self, ranks: dict[int, dict[int, int]]) -> None:
         assert self.experts is not None, "refused above"
