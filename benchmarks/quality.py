@@ -1,7 +1,7 @@
 """Quality: what ESFT gains and what it forgets, against random experts, LoRA on all experts and full fine-tuning.
 
-    python benchmarks/quality.py run [--minutes 100] [--task synopsis]     goes on where it stopped
-    python benchmarks/quality.py report                                    writes results/quality.md and quality.png
+    python benchmarks/quality.py run [--minutes 100] [--task synopsis] [--mix no]    goes on where it stopped
+    python benchmarks/quality.py report                                              writes results/quality.md, .png
 
 On the embedded model and its three tasks, every method sees each training record once, in the same batches of 16, with
 a linearly falling learning rate. Each gets a sweep of three learning rates a factor of 3 apart with seed 0; the best on
@@ -75,10 +75,10 @@ def done() -> Rows:
     return {tuple(row[key] for key in keys): row for row in rows if row["model"] == model_sum()}
 
 
-def pending(tasks: list[str]) -> Iterator[Run]:
-    """Every run in order: for each task and mix the sweep, then further seeds of each method's best."""
-    for task in tasks:
-        for mix in (False, True):
+def pending(tasks: list[str], mixes: list[bool]) -> Iterator[Run]:
+    """Every run in order: for each mix and task the sweep, then further seeds of each method's best."""
+    for mix in mixes:
+        for task in tasks:
             for method, rates in RATES.items():
                 for rate in rates:
                     yield Run(task, mix, method, rate, 0)
@@ -152,14 +152,14 @@ def add(row: dict) -> None:
     print(row["task"], row["mix"], row["method"], row["learning_rate"], row["seed"], round(main_metric, 2), flush=True)
 
 
-def run_all(tasks: list[str], minutes: float) -> None:
+def run_all(tasks: list[str], mixes: list[bool], minutes: float) -> None:
     stop = time.monotonic() + 60 * minutes
     for task in tasks:
         if (task, False, "base", 0.0, 0) not in done():
             base = metier.load("embedded", dtype="float32")
             nothing = {"task": task, "mix": False, "method": "base", "learning_rate": 0.0, "seed": 0}
             add({**nothing, **measure(base.model, base.tokenizer, task)})
-    for run in pending(tasks):
+    for run in pending(tasks, mixes):
         if run.key in done():
             continue
         if time.monotonic() > stop:
@@ -173,9 +173,11 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--task", choices=TASKS)
+    parser.add_argument("--mix", choices=("no", "yes"), help="runs without or with general data alone")
     args = parser.parse_args()
     if args.what == "run":
-        run_all([args.task] if args.task else list(TASKS), args.minutes)
+        mixes = [False, True] if args.mix is None else [args.mix == "yes"]
+        run_all([args.task] if args.task else list(TASKS), mixes, args.minutes)
     settings = f"batches of {BATCH} task records, top_p={TOP_P}, {TEST_ITEMS} test items"
     print(write_report(done(), TASKS, RESULTS, about=__doc__ or "", settings=settings))
 

@@ -29,16 +29,30 @@ def write_report(path: str | Path, data: ReportData) -> Path:
 
 def render(data: ReportData) -> str:
     """The page as text. Parts that the data lacks are replaced by a sentence."""
+    parts = join([_header(data), *(part(data) for part in _PARTS)])
+    return page(data.title, parts, version=data.versions.get("metier"), note="Intervals are 95%.")
+
+
+def page(title: str, content: Markup, *, version: str | None, note: str) -> str:
+    """A whole page: one file that fetches nothing and runs nothing.
+
+    Args:
+        title: of the window.
+        content: what stands between header and footer.
+        version: of the metier that makes it.
+        note: a sentence for the footer.
+    """
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"{data.title} · metier"),
+        tag("title", f"{title} · metier"),
         # Ours, and CSS: escaping would break its selectors.
         tag("style", Markup(_STYLE.read_text(encoding="utf-8"))),
     )
-    body = tag("body", tag("main", _header(data), *(part(data) for part in _PARTS)), _footer(data))
+    footer = tag("footer", "Made by metier", f" {version}" if version else None, f". {note}")
+    body = tag("body", tag("main", content), footer)
     return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
 
 
@@ -58,8 +72,3 @@ def _header(data: ReportData) -> Markup:
         tag("p", *(tag("span", fact, class_="fact") for fact in facts), class_="facts") if facts else None,
         tag("p", data.task_description, class_="lead") if data.task_description else None,
     )
-
-
-def _footer(data: ReportData) -> Markup:
-    version = data.versions.get("metier")
-    return tag("footer", "Made by metier", f" {version}" if version else None, ". Intervals are 95%.")
