@@ -101,6 +101,7 @@ def profile(
     max_length: Annotated[int, typer.Option(help="Tokens in one packed sequence.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Sequences at once.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    adapter: Annotated[Path | None, typer.Option(help="A delta of the model, to profile it as trained.")] = None,
     output_norms: Annotated[bool, typer.Option(help="Measure the experts' outputs too; runs them twice.")] = False,
     until_stable: Annotated[
         bool, typer.Option(help="Stop when both halves select the same experts (token scores, top_p 0.2).")
@@ -115,8 +116,16 @@ def profile(
 
     records = load_records(dataset, split=split)
     loaded = load(model, trust_remote_code=trust_remote_code)
+    network = loaded.model
+    if adapter is not None:
+        import peft
+
+        import metier.methods.esft
+        import metier.methods.expert_lora  # noqa: F401  importing them makes PEFT know them
+
+        network = peft.PeftModel.from_pretrained(network, str(adapter))
     result = profile_routing(
-        loaded.model,
+        network,
         loaded.tokenizer,
         records,
         num_tokens=num_tokens,
@@ -173,6 +182,39 @@ def select(
     selection.save(output)
     num_experts = sum(len(experts) for experts in selection.experts.values())
     typer.echo(f"Selected {num_experts} experts in {len(selection.experts)} layers: {output}")
+
+
+@app.command()
+def analyse(
+    profiles: Annotated[list[str], typer.Argument(help="Profiles of one model, as NAME=FOLDER.")],
+    drift: Annotated[
+        list[str] | None, typer.Option(help="Two of the names, as BEFORE=AFTER: how routing moved.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for analysis.html and .json.")] = Path(
+        "analysis"
+    ),
+    score: Annotated[Score, typer.Option(help="Measure by gates' mass, routed tokens or outputs.")] = Score.token,
+    top: Annotated[int | None, typer.Option(help="Experts that count as top ones; else the router's top_k.")] = None,
+) -> None:
+    """Show what the router does: how concentrated, what tasks share, and what training moved."""
+    from metier.errors import ConfigError
+    from metier.reports.analysis import write_analysis
+    from metier.routing.analysis import analyse as analyse_profiles
+    from metier.routing.profile import RoutingProfile
+
+    def parted(text: str, what: str) -> tuple[str, str]:
+        name, sign, value = text.partition("=")
+        if not (name and sign and value):
+            raise ConfigError(f"analyse: got {text!r}, expected {what}.")
+        return name, value
+
+    folders = [parted(text, "NAME=FOLDER, such as law=profiles/law") for text in profiles]
+    if len(dict(folders)) != len(folders):
+        raise ConfigError(f"analyse: got names {[name for name, _ in folders]}, expected each once.")
+    loaded = {name: RoutingProfile.load(folder) for name, folder in folders}
+    pairs = [parted(text, "BEFORE=AFTER, two of the profiles' names") for text in drift or ()]
+    analysis = analyse_profiles(loaded, drifts=pairs, score=score.value, top=top)
+    typer.echo(f"Analysis: {write_analysis(output, analysis, loaded)}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, epilog=RUN_KEYS)
@@ -360,14 +402,14 @@ def compose(
 
 
 def _preview(config: RunConfig) -> None:
-    from metier.data.encode import encode_records
     from metier.data.preview import preview
     from metier.data.records import load_records
     from metier.models.load import load
+    from metier.training.run import encode_for
 
     records = load_records(config.dataset)
     loaded = load(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    _print(preview(encode_records(records, loaded.tokenizer, max_length=config.max_length), loaded.tokenizer))
+    _print(preview(encode_for(loaded, records, config), loaded.tokenizer))
 
 
 def _print(renderable: object) -> None:

@@ -108,22 +108,34 @@ class _Chain:
         self.class_name = type(made).__name__
         made.save_pretrained(self.base)
         tiny_tokenizer().save_pretrained(self.base)
+        if made.config.is_encoder_decoder:
+            self.inputs["decoder_input_ids"] = _tokens(seed=8)
         torch.save(self.inputs, self.tokens_file)
         self.loaded = metier.load(self.base)
         self.model = self.loaded.model
         self.layers = metier.moe_layers(self.model)
         self.layout = _layout(self.layers[0])
         self.before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        # where a checkpoint has a tensor an expert, the state dict has too
+        self.stacks = {name: p.detach().clone() for name, p in self.model.named_parameters() if ".experts." in name}
         self.base_logits = self._logits(self.model)
 
     def profile(self) -> None:
-        """Every token is counted in every layer."""
+        """Every token is counted in every layer; of an encoder-decoder, in every layer of the stack that reads it."""
         records = [_record(text) for text in _TEXTS]
         self.profiled = metier.profile(
             self.model, self.loaded.tokenizer, records * 4, num_tokens=256, max_length=32, batch_size=4
         )
         counts_L = self.profiled.token_counts_HLE.sum((0, 2))
         wanted = self.profiled.num_tokens * self.profiled.top_k
+        if self.model.config.is_encoder_decoder:
+            stacks = [
+                [c for c, x in zip(counts_L.tolist(), self.layers, strict=True) if x.in_encoder == e]
+                for e in (False, True)
+            ]
+            assert [len(set(stack)) for stack in stacks] == [1, 1], f"counted {counts_L.tolist()}"
+            assert stacks[0][0] + stacks[1][0] == wanted, f"counted {counts_L.tolist()}, not {wanted} in both stacks"
+            return
         assert counts_L.tolist() == [wanted] * len(self.layers), f"counted {counts_L.tolist()}, not {wanted} a layer"
 
     def select(self) -> None:
@@ -157,7 +169,7 @@ class _Chain:
             ids = sorted(self.selection.experts[layer.index])
             for name in layer.parameter_names():
                 rows = layer.entry.get_submodule(f"esft_{name}")["default"].detach()
-                moved = (rows != self.before[f"{layer.path}.{name}"][ids]).flatten(1).any(1)
+                moved = (rows != self.stacks[f"{layer.path}.{name}"][ids]).flatten(1).any(1)
                 assert moved.all(), f"{layer.path}.{name}: rows {ids} moved: {moved.tolist()}"
         after = self._base_state()
         assert after.keys() == self.before.keys(), f"{after.keys() ^ self.before.keys()}"

@@ -36,8 +36,10 @@ _OUTSIDE = """\
 ## Outside the contract
 
 Llama 4's and Switch Transformers' blocks are replaced by ones that follow the contract and compute the same, with the
-same checkpoint: `metier.load` does it for Llama 4, `metier.models.foreign.follow_contract(model)` for both. Switch
-Transformers, an encoder-decoder, can then be tuned through PEFT with `EsftConfig`; metier's own commands refuse it.
+same checkpoint: `metier.load` does it, or `metier.models.foreign.follow_contract(model)`. Switch Transformers are
+encoder-decoders: a record's prompt goes into the encoder and its reply into the decoder, whose layers are counted behind
+the encoder's. `metier train` runs them on transformers' Seq2SeqTrainer; `padding_free` and general ability, a loss on
+plain text, are refused for them.
 """
 
 

@@ -10,7 +10,6 @@ _FOREIGN = "is an MoE layer that does not follow transformers' experts contract"
 UNSUPPORTED: dict[str, tuple[str, str]] = {
     # in the contract
     "diffusion_gemma": ("load", "two MoE layers have this index"),
-    "muse_spark": ("train", "normalises every expert's output"),
     "openai_privacy_filter": ("load", "has no model for language"),
     # outside it
     "dbrx": ("load", f"DbrxExperts {_FOREIGN}"),
@@ -18,6 +17,5 @@ UNSUPPORTED: dict[str, tuple[str, str]] = {
     "jetmoe": ("load", f"JetMoeMoE {_FOREIGN}"),
     "longcat_flash": ("load", f"LongcatFlashMoE {_FOREIGN}"),
     "nllb_moe": ("load", "got an encoder-decoder (NllbMoeForConditionalGeneration)"),
-    "switch_transformers": ("load", "got an encoder-decoder (SwitchTransformersForConditionalGeneration)"),
     "vitpose_backbone": ("load", "has no model for language"),
 }

@@ -62,6 +62,30 @@ def test_a_run_leaves_the_folder_of_the_design(configure: Configure, console: Co
         assert torch.equal(model(input_ids=ids).logits, result.model.eval()(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize(
+    ("changes", "can", "is_told"),
+    [
+        ({"dtype": "bfloat16"}, {"architecture": "x86_64", "avx512_bw": False, "avx2": True}, True),
+        ({"bf16": True}, {"architecture": "x86_64", "avx512_bw": False, "avx2": True}, True),
+        ({"dtype": "bfloat16"}, {"architecture": "x86_64", "avx512_bw": True}, False),
+        ({"dtype": "bfloat16"}, {"architecture": "aarch64"}, False),
+        ({}, {"architecture": "x86_64", "avx512_bw": False}, False),
+    ],
+)
+def test_a_cpu_without_bfloat16_is_told_of(
+    configure: Configure,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, object],
+    can: dict[str, object],
+    is_told: bool,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+    train(configure(max_steps=1, **changes), console=console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert ("This CPU has no instructions for bfloat16" in text) is is_told
+
+
 def test_before_the_first_step_it_says_what_is_trained_per_layer(configure: Configure, console: Console) -> None:
     selection = Path(configure().output_dir + "-selection.json")
     ExpertSelection(experts={1: (2, 5), 2: (0,)}).save(selection)

@@ -40,9 +40,9 @@ class Collator:
         items = _trainable(features)
         longest = max(len(item.input_ids) for item in items)
         return {
-            "input_ids": _padded([item.input_ids for item in items], longest, self.pad_token_id),
-            "labels": _padded([item.labels for item in items], longest, IGNORED),
-            "attention_mask": _padded([[1] * len(item.input_ids) for item in items], longest, 0),
+            "input_ids": padded([item.input_ids for item in items], longest, self.pad_token_id),
+            "labels": padded([item.labels for item in items], longest, IGNORED),
+            "attention_mask": padded([[1] * len(item.input_ids) for item in items], longest, 0),
         }
 
 
@@ -77,9 +77,9 @@ class PaddingFreeCollator:
         labels = [[label for index in row for label in (IGNORED, *items[index].labels[1:])] for row in rows]
         positions = [[place for index in row for place in range(len(items[index].input_ids))] for row in rows]
         return {
-            "input_ids": _padded(ids, longest, self.pad_token_id),
-            "labels": _padded(labels, longest, IGNORED),
-            "position_ids": _padded(positions, longest, 0),
+            "input_ids": padded(ids, longest, self.pad_token_id),
+            "labels": padded(labels, longest, IGNORED),
+            "position_ids": padded(positions, longest, 0),
         }
 
 
@@ -127,5 +127,6 @@ def _encoded(feature: Mapping[str, Any]) -> Encoded:
     return Encoded(list(feature["input_ids"]), list(feature["labels"]), str(feature.get("origin", "")))
 
 
-def _padded(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
+def padded(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
+    """Rows of at most `length` numbers, filled with `value` on the right: int64, (num_rows, length)."""
     return torch.tensor([row + [value] * (length - len(row)) for row in rows], dtype=torch.int64)

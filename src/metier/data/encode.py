@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Generic, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -37,12 +39,48 @@ class Encoded:
         """Tokens with a loss. The first token has none, whatever its label: nothing comes before it."""
         return sum(label != IGNORED for label in self.labels[1:])
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def length(self) -> int:
+        """What `max_length` limits."""
+        return len(self.input_ids)
+
+    def parts(self) -> list[tuple[bool, list[int]]]:
+        """Runs of tokens and whether they are trained on."""
+        marked = zip(self.input_ids, self.labels, strict=True)
+        runs = groupby(marked, key=lambda pair: pair[1] != IGNORED)
+        return [(is_trained, [token for token, _ in run]) for is_trained, run in runs]
+
+
+class Item(Protocol):
+    """What an encoded record is to those who count it: `Encoded`, or `metier.data.pairs.Pair`."""
+
+    @property
+    def input_ids(self) -> list[int]: ...
+    @property
+    def labels(self) -> list[int]: ...
+    @property
+    def origin(self) -> str: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_trained_tokens(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    def parts(self) -> list[tuple[bool, list[int]]]: ...
+
+
+ItemT = TypeVar("ItemT", bound=Item, covariant=True)
+
 
 @dataclass(frozen=True, slots=True)
-class EncodedSet:
+class EncodedSet(Generic[ItemT]):
     """The records that are trained on, and the origins of those that are not."""
 
-    items: tuple[Encoded, ...]
+    items: tuple[ItemT, ...]
     too_long: tuple[str, ...]
     """Origins of the records longer than max_length; they are not among the items."""
     without_label: tuple[str, ...]
@@ -53,7 +91,7 @@ class EncodedSet:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(item.input_ids) for item in self.items)
+        return sum(item.num_tokens for item in self.items)
 
     @property
     def num_trained_tokens(self) -> int:
@@ -76,7 +114,9 @@ class EncodedSet:
         return "\n".join(lines) or None
 
 
-def encode_records(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> EncodedSet:
+def encode_records(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> EncodedSet[Encoded]:
     """Encode records for training. What is left out is logged as a warning, and kept in the result.
 
     Args:
@@ -91,19 +131,27 @@ def encode_records(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase
         raise DataError("no records to encode. Expected at least one; check the data set.")
     if with_tools := next((record for record in records if record.tools), None):
         check_tools_are_rendered(with_tools, tokenizer)
-    encoded = [encode(record, tokenizer) for record in records]
-    items = tuple(item for item in encoded if len(item.input_ids) <= max_length)
+    return encoded_set([encode(record, tokenizer) for record in records], max_length=max_length)
+
+
+def encoded_set(encoded: Sequence[ItemT], *, max_length: int) -> EncodedSet[ItemT]:
+    """What is trained on of encoded records; what is left out is logged as a warning.
+
+    Raises:
+        DataError: none is short enough.
+    """
+    items = tuple(item for item in encoded if item.length <= max_length)
     result = EncodedSet(
         items=items,
-        too_long=tuple(item.origin for item in encoded if len(item.input_ids) > max_length),
+        too_long=tuple(item.origin for item in encoded if item.length > max_length),
         without_label=tuple(item.origin for item in items if item.num_trained_tokens == 0),
         max_length=max_length,
-        longest_tokens=max(len(item.input_ids) for item in encoded),
+        longest_tokens=max(item.length for item in encoded),
     )
     if not items:
         raise DataError(
             f"all {len(encoded):,} records are longer than max_length={max_length}; the shortest has "
-            f"{min(len(item.input_ids) for item in encoded):,} tokens. Raise max_length or shorten the "
+            f"{min(item.length for item in encoded):,} tokens. Raise max_length or shorten the "
             f"records."
         )
     if report := result.report():

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from itertools import groupby
-
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from metier.data.encode import IGNORED, Encoded, EncodedSet
+from metier.data.encode import EncodedSet, Item
 
 TRAINED_STYLE = "bold green"
 CONTEXT_STYLE = "dim"
 
 
-def preview(encoded: EncodedSet, tokenizer: PreTrainedTokenizerBase, *, num_records: int = 3) -> RenderableType:
+def preview(encoded: EncodedSet[Item], tokenizer: PreTrainedTokenizerBase, *, num_records: int = 3) -> RenderableType:
     """Show the first records with their mask, then how many tokens are trained on and what was left out.
 
     Args:
-        encoded: from `encode_records`.
+        encoded: from `encode_records` or `encode_pairs`.
         tokenizer: the one that it was encoded with.
         num_records: how many to show.
 
@@ -31,19 +29,17 @@ def preview(encoded: EncodedSet, tokenizer: PreTrainedTokenizerBase, *, num_reco
     return Group(legend, *panels, _summary(encoded))
 
 
-def _panel(item: Encoded, tokenizer: PreTrainedTokenizerBase) -> Panel:
+def _panel(item: Item, tokenizer: PreTrainedTokenizerBase) -> Panel:
     text = Text()
-    pairs = zip(item.input_ids, item.labels, strict=True)
     # runs are decoded whole: one character may be spread over several tokens
-    for is_trained, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
-        token_ids = [token_id for token_id, _ in run]
+    for is_trained, token_ids in item.parts():
         piece = tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         text.append(piece, style=TRAINED_STYLE if is_trained else CONTEXT_STYLE)
-    counts = f"{item.num_trained_tokens:,} of {len(item.input_ids):,} tokens trained on"
+    counts = f"{item.num_trained_tokens:,} of {item.num_tokens:,} tokens trained on"
     return Panel(text, title=Text(item.origin), title_align="left", subtitle=counts, subtitle_align="left")
 
 
-def _summary(encoded: EncodedSet) -> Text:
+def _summary(encoded: EncodedSet[Item]) -> Text:
     share = encoded.num_trained_tokens / max(encoded.num_tokens, 1)
     text = Text(
         f"{len(encoded.items):,} records, {encoded.num_tokens:,} tokens, {encoded.num_trained_tokens:,} "

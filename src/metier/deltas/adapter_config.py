@@ -105,7 +105,11 @@ def _experts(path: Path, value: Any, num_experts: int | None) -> dict[int, tuple
 def _paths(path: Path, value: Any, experts: dict[int, tuple[int, ...]]) -> dict[int, str]:
     is_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
     _expect(path, "target_modules", value, is_list, "a list of module paths")
-    paths = {int(found[-1]): item for item in value if (found := LAYER_INDEX.findall(item))}
+    numbers = {item: int(found[-1]) for item in value if (found := LAYER_INDEX.findall(item))}
+    # an encoder-decoder's decoder counts on from its encoder, and the highest layer is one of the decoder's
+    decoder = {item for item in numbers if "decoder" in item.split(".")}
+    num_before = max(experts) - max(numbers[item] for item in decoder) if decoder else 0
+    paths = {number + (num_before if item in decoder else 0): item for item, number in numbers.items()}
     one_each = paths.keys() == experts.keys() and len(value) == len(experts)
     _expect(path, "target_modules", value, one_each, f"one path for each of the layers {list(experts)}")
     return dict(sorted(paths.items()))

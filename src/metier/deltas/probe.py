@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from metier.models.encoder_decoder import is_encoder_decoder
+
 NUM_SEQUENCES = 4
 NUM_TOKENS = 64
 """In one sequence; fewer where the model has fewer positions."""
@@ -32,8 +34,10 @@ def logits_of(model: PreTrainedModel, tokens_BS: Tensor) -> Tensor:
     was_training = model.training
     model.eval()
     try:
-        device = next(model.parameters()).device
-        logits_BSV: Tensor = model(input_ids=tokens_BS.to(device), use_cache=False).logits
+        tokens_BS = tokens_BS.to(next(model.parameters()).device)
+        # an encoder-decoder reads them on both sides
+        extra = {"decoder_input_ids": tokens_BS} if is_encoder_decoder(model) else {}
+        logits_BSV: Tensor = model(input_ids=tokens_BS, use_cache=False, **extra).logits
     finally:
         model.train(was_training)
     return logits_BSV.cpu()

@@ -29,6 +29,7 @@ from metier.evaluation.generate import Prompt, Reply, encode_prompts, generate_r
 from metier.evaluation.metrics import score_replies
 from metier.evaluation.result import ClozeScore, DomainLoss, Evaluation, MetricScore, SampleReply
 from metier.evaluation.tasks import TaskSpec, load_task
+from metier.models.encoder_decoder import is_encoder_decoder, refuse_encoder_decoder
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -55,7 +56,7 @@ def evaluate(
     afterwards.
 
     Args:
-        model: a causal language model, PEFT-wrapped or not.
+        model: a language model, PEFT-wrapped or not; of an encoder-decoder the task alone can be measured.
         tokenizer: the model's, with a chat template where there is a task.
         task: a TaskSpec, an embedded task's name, a task folder, or None for general ability alone.
         split: which of the task's splits.
@@ -73,10 +74,17 @@ def evaluate(
 
     Raises:
         ConfigError: nothing to evaluate, or an unknown task, split or metric.
+        UnsupportedModelError: general ability of an encoder-decoder.
         DataError: an empty split, or a record that cannot be evaluated.
     """
     if task is None and general is False:
         raise ConfigError("evaluate: got task=None and general=False, so there is nothing to evaluate. Give one.")
+    if general is not False:
+        refuse_encoder_decoder(
+            model,
+            "evaluate: general ability",
+            "It is a loss on plain text. Measure the task alone, with general=False.",
+        )
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"evaluate: batch_size must be at least 1, got {batch_size}.")
     spec = task if isinstance(task, TaskSpec) or task is None else load_task(task)
@@ -95,6 +103,7 @@ def evaluate(
                 tokenizer,
                 max_new_tokens=length,
                 max_length=_context_tokens(model),
+                for_encoder=is_encoder_decoder(model),
             )
             replies = generate_replies(
                 model,

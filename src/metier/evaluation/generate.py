@@ -2,7 +2,8 @@
 
 Prompts are sorted by length so that a batch holds little padding, and padded on the left so that every reply
 starts in the same column. Padding is masked out of attention and positions count from the first real token,
-so a prompt's reply is the one it would get alone, up to the rounding of other matrix shapes.
+so a prompt's reply is the one it would get alone, up to the rounding of other matrix shapes. An encoder's prompts
+are padded on the right: Switch Transformers count padding towards what an expert can take, so it must come last.
 """
 
 # N prompts, B prompts in a batch, T tokens
@@ -15,8 +16,10 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from metier.data.pairs import encoder_ids, encoder_text
 from metier.data.records import Record
 from metier.errors import DataError
+from metier.models.encoder_decoder import is_encoder_decoder
 
 MAX_PROMPT_TOKENS_IN_BATCH = 32_768
 """Bounds a batch's memory where prompts are long: padded prompt tokens, whatever `batch_size` says."""
@@ -47,6 +50,7 @@ def encode_prompts(
     *,
     max_new_tokens: int,
     max_length: int | None,
+    for_encoder: bool = False,
 ) -> list[Prompt]:
     """Turn records into prompts: all messages but the last through the chat template, the last as the
     reference.
@@ -56,6 +60,7 @@ def encode_prompts(
         tokenizer: has a chat template, or the records are plain prompts and completions.
         max_new_tokens: room that a reply needs after the prompt.
         max_length: the model's context in tokens; None where it has no limit.
+        for_encoder: prompts of an encoder-decoder, which have no chat template.
 
     Raises:
         DataError: no chat template, a record that does not end with the assistant, or a prompt that does not
@@ -69,7 +74,11 @@ def encode_prompts(
                 f"{record.origin}: got {roles}; a test record needs a prompt and then the assistant's reply, "
                 "which is the reference."
             )
-        text, token_ids = _encode_context(record, tokenizer)
+        if for_encoder:
+            context = record.messages[:-1]
+            text, token_ids = encoder_text(context), tuple(encoder_ids(context, tokenizer))
+        else:
+            text, token_ids = _encode_context(record, tokenizer)
         if max_length is not None and len(token_ids) + max_new_tokens > max_length:
             raise DataError(
                 f"{record.origin}: a prompt of {len(token_ids)} tokens and a reply of up to {max_new_tokens} "
@@ -116,7 +125,7 @@ def generate_replies(
     scores depend on a file that is no part of the comparison. Call it in eval mode and without gradients.
 
     Args:
-        model: a causal language model with `generate`, PEFT-wrapped or not.
+        model: a language model with `generate`, PEFT-wrapped or not.
         tokenizer: the model's.
         prompts: from `encode_prompts`.
         max_new_tokens: a reply's limit in tokens.
@@ -139,14 +148,18 @@ def generate_replies(
         top_p=1.0,
     )
     replies: dict[int, Reply] = {}
+    has_encoder = is_encoder_decoder(model)
     for batch in _batches_by_length(prompts, batch_size=batch_size):
-        input_ids_BT, attention_mask_BT = _pad_left([prompts[index].token_ids for index in batch], pad_id=pad_id)
+        sequences = [prompts[index].token_ids for index in batch]
+        input_ids_BT, attention_mask_BT = _pad(sequences, pad_id=pad_id, on_left=not has_encoder)
         output_ids = model.generate(
             input_ids=input_ids_BT.to(model.device),
             attention_mask=attention_mask_BT.to(model.device),
             generation_config=config,
         )
-        for index, new_ids in zip(batch, output_ids[:, input_ids_BT.shape[1] :].tolist(), strict=True):
+        # the decoder of an encoder-decoder begins with one token of its own
+        num_given = 1 if has_encoder else input_ids_BT.shape[1]
+        for index, new_ids in zip(batch, output_ids[:, num_given:].tolist(), strict=True):
             replies[index] = _read_reply(new_ids, stop_ids, tokenizer)
         if on_progress is not None:
             on_progress(len(replies), len(prompts))
@@ -172,13 +185,14 @@ def _batches_by_length(prompts: Sequence[Prompt], *, batch_size: int) -> list[li
     return batches
 
 
-def _pad_left(sequences: Sequence[Sequence[int]], *, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(sequences: Sequence[Sequence[int]], *, pad_id: int, on_left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(len(sequence) for sequence in sequences)
     input_ids_BT = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
     attention_mask_BT = torch.zeros((len(sequences), width), dtype=torch.int64)
     for row, sequence in enumerate(sequences):
-        input_ids_BT[row, width - len(sequence) :] = torch.tensor(sequence)
-        attention_mask_BT[row, width - len(sequence) :] = 1
+        start = width - len(sequence) if on_left else 0
+        input_ids_BT[row, start : start + len(sequence)] = torch.tensor(sequence)
+        attention_mask_BT[row, start : start + len(sequence)] = 1
     return input_ids_BT, attention_mask_BT
 
 

@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -30,6 +31,7 @@ from transformers import (
 )
 
 from metier.errors import ConfigError, ModelError, UnsupportedModelError
+from metier.models.encoder_decoder import ENCODER_DECODERS
 from metier.models.foreign import follow_contract
 
 EMBEDDED = "embedded"
@@ -60,7 +62,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a causal language model and its tokenizer; or a multimodal one, to be used on text.
+    """Load a causal language model and its tokenizer; a multimodal one, to be used on text; or a Switch Transformer.
 
     Args:
         model: a local folder, a hub id such as "allenai/OLMoE-1B-7B-0924", or "embedded" for the small model
@@ -75,7 +77,7 @@ def load(
 
     Raises:
         ConfigError: an unknown dtype or device, or a revision of a local folder.
-        UnsupportedModelError: the model is an encoder-decoder, or a Llama 4 with several experts a token.
+        UnsupportedModelError: the model is another encoder-decoder, or a Llama 4 with several experts a token.
         ModelError: anything else that keeps the model or its tokenizer from being loaded whole.
     """
     source = str(model)
@@ -165,10 +167,13 @@ def network_class_for(source: str, config: PreTrainedConfig) -> Any:
     kind = type(config)
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
+    if config.model_type in ENCODER_DECODERS:
+        return AutoModelForSeq2SeqLM
     if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(
             f"{source}: got an encoder-decoder ({MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[kind].__name__}), expected a "
-            f"causal language model.\nmetier cannot train encoder-decoders; docs/support.md lists what it works on."
+            f"causal language model.\nOf encoder-decoders metier can train only {', '.join(sorted(ENCODER_DECODERS))}; "
+            f"docs/support.md lists what it works on."
         )
     return AutoModelForMultimodalLM if kind in MODEL_FOR_MULTIMODAL_LM_MAPPING else AutoModelForCausalLM
 

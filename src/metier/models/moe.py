@@ -16,6 +16,7 @@ from torch import nn
 
 from metier.errors import UnsupportedModelError
 from metier.models.contract import FLAGS, contract_flags
+from metier.models.encoder_decoder import is_encoder_decoder
 from metier.models.foreign import can_follow_contract
 from metier.models.spellings import (
     ENCODER_LAYERS,
@@ -63,6 +64,8 @@ class MoELayer:
     """0 where the block has none."""
     router_path: str | None
     """Module path of the router in the bare model; None where the router is no module of its own."""
+    in_encoder: bool = False
+    """In the encoder of an encoder-decoder, so that it sees the prompt and not the reply."""
 
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the stacked parameters in `experts`: first the up projection, then down, each with its
@@ -110,7 +113,8 @@ def _view(bare: nn.Module, raw_path: str, experts: nn.Module, flags: dict[str, b
             f"as 'model.layers.7.mlp.experts'.\nmetier cannot name this layer in a selection."
         )
     config = getattr(experts, "config", None)
-    index = int(found[-1]) + _num_layers_before(bare, path)
+    in_encoder = is_encoder_decoder(bare) and "decoder" not in path.split(".")
+    index = int(found[-1]) + (0 if in_encoder else _num_encoder_layers(bare))
     parent_path, _, name = path.rpartition(".")
     block = bare.get_submodule(parent_path)
     router_name = next((n for n in ROUTER_NAMES if isinstance(block._modules.get(n), nn.Module)), None)
@@ -126,15 +130,16 @@ def _view(bare: nn.Module, raw_path: str, experts: nn.Module, flags: dict[str, b
         moe_intermediate_size=moe_intermediate_size,
         num_shared_experts=_num_shared_experts(bare, parent_path, config, index),
         router_path=None if router_name is None else f"{parent_path}.{router_name}",
+        in_encoder=in_encoder,
         **flags,
     )
 
 
-def _num_layers_before(bare: nn.Module, path: str) -> int:
-    """Layers of an encoder-decoder's encoder, for a layer of its decoder: both count in one row."""
-    config = getattr(bare, "config", None)
-    if not getattr(config, "is_encoder_decoder", False) or "decoder" not in path.split("."):
+def _num_encoder_layers(bare: nn.Module) -> int:
+    """Layers that count before those of the decoder: those of an encoder-decoder's encoder, else none."""
+    if not is_encoder_decoder(bare):
         return 0
+    config = bare.config
     num_layers = first_count(config, ENCODER_LAYERS, layer_index=0)
     assert num_layers is not None, f"{type(config).__name__} does not say how many layers its encoder has"
     return num_layers

@@ -34,7 +34,8 @@ class RoutingCapture:
         self._layers = layers
         self._counter = counter
         self._with_output_norms = with_output_norms
-        self._group_T = torch.zeros(0, dtype=torch.int64)
+        self._group_T = self._encoder_group_T = torch.zeros(0, dtype=torch.int64)
+        self._has_padding = False
         self._seen = [0] * len(layers)
 
     @contextmanager
@@ -51,21 +52,31 @@ class RoutingCapture:
                 handle.remove()
 
     @contextmanager
-    def batch(self, group_T: Tensor) -> Iterator[None]:
+    def batch(self, group_T: Tensor, encoder_group_T: Tensor | None = None) -> Iterator[None]:
         """One forward pass over tokens whose sequences belong to these groups of the counter.
+
+        Args:
+            group_T: int64, (num_tokens,); a group below 0 is padding, which is not counted.
+            encoder_group_T: of the tokens of an encoder-decoder's encoder; None where the model only decodes.
 
         Raises:
             UnsupportedModelError: a layer's experts were not called on exactly these tokens.
         """
         self._group_T = group_T
+        self._encoder_group_T = group_T if encoder_group_T is None else encoder_group_T
+        self._has_padding = encoder_group_T is not None
         self._seen = [0] * len(self._layers)
         yield
-        for layer, seen in zip(self._layers, self._seen, strict=True):
-            if seen != group_T.numel():
+        for position, layer in enumerate(self._layers):
+            seen, wanted = self._seen[position], self._groups(position).numel()
+            if seen != wanted:
                 raise UnsupportedModelError(
-                    f"{layer.path}: the experts received {seen} tokens in a batch of {group_T.numel()}.\n"
+                    f"{layer.path}: the experts received {seen} tokens in a batch of {wanted}.\n"
                     f"metier counts routing only where each token passes a layer's experts exactly once."
                 )
+
+    def _groups(self, position: int) -> Tensor:
+        return self._encoder_group_T if self._layers[position].in_encoder else self._group_T
 
     def _hook(self, position: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -75,15 +86,20 @@ class RoutingCapture:
             routing_weights_TK = routing_weights_TK.reshape_as(expert_ids_TK)
             start = self._seen[position]
             self._seen[position] = start + expert_ids_TK.shape[0]
-            group_T = self._group_T[start : self._seen[position]]
+            group_T = self._groups(position)[start : self._seen[position]]
             if group_T.shape[0] != expert_ids_TK.shape[0]:
                 return  # `batch` reports it
+            hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
+            hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+            if self._has_padding:
+                is_counted_T = group_T >= 0
+                group_T, hidden_TD = group_T[is_counted_T], hidden_TD[is_counted_T]
+                expert_ids_TK, routing_weights_TK = expert_ids_TK[is_counted_T], routing_weights_TK[is_counted_T]
             norms_TK = None
             if self._with_output_norms:
-                hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
                 norms_TK = output_norms_TK(
                     module,
-                    hidden_states.reshape(-1, hidden_states.shape[-1]),
+                    hidden_TD,
                     expert_ids_TK,
                     routing_weights_TK,
                     num_experts=self._layers[position].num_experts,

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from metier import __version__
+from metier.data.pairs import Pair, PairCollator
 from metier.errors import ConfigError, DataError, UnsupportedModelError
+from metier.models.encoder_decoder import decoder_start_token, is_encoder_decoder, refuse_encoder_decoder
 from metier.models.fingerprint import fingerprint
 from metier.models.moe import MoELayer, moe_layers
 from metier.models.unwrap import bare_model
 from metier.routing.blocks import BlockCounts
 from metier.routing.capture import RoutingCapture, evaluating
 from metier.routing.counter import RoutingCounter
+from metier.routing.inputs import NOT_COUNTED, FullSequences, Inputs, Pairs
 from metier.routing.routing_profile import RoutingProfile, UnreliableProfileWarning
 from metier.routing.stability import (
     MIN_SEQUENCES,
@@ -53,11 +56,51 @@ def count_sequences(
         UnreliableProfileWarning: `until_stable`, but the selection was not stable after all sequences.
 
     Raises:
-        UnsupportedModelError: as `metier.routing.profile.profile`.
+        UnsupportedModelError: as `metier.routing.profile.profile`; or an encoder-decoder.
         ConfigError: `until_stable` selects by output norms, which are not measured.
         DataError: no sequence; or a single one, which has no second half, with `until_stable`.
     """
-    num_sequences, sequence_length = sequences_NS.shape
+    refuse_encoder_decoder(model, "count_sequences", "Give its prompts and replies to `count_pairs`.")
+    inputs = FullSequences(sequences_NS)
+    return _count(model, inputs, batch_size=batch_size, output_norms=output_norms, until_stable=until_stable)
+
+
+def count_pairs(
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    *,
+    pad_token_id: int,
+    batch_size: int,
+    output_norms: bool = False,
+    until_stable: StabilityConfig | None = None,
+) -> RoutingProfile:
+    """The profile of an encoder-decoder on prompts and their replies; padding is not counted.
+
+    The encoder's layers count the prompts' tokens, the decoder's the replies'; `num_tokens` is all of them, so that
+    scores on the raw scale, a mean a token, do not exist. Otherwise as `count_sequences`.
+
+    Args:
+        model: an encoder-decoder of transformers, bare or wrapped by PEFT.
+        pairs: in the order that makes even and odd ones the two halves.
+        pad_token_id: the tokenizer's.
+        batch_size: pairs a forward pass.
+        output_norms: as `count_sequences`.
+        until_stable: as `count_sequences`.
+    """
+    inputs = Pairs(pairs, PairCollator(pad_token_id, decoder_start_token(model)))
+    return _count(model, inputs, batch_size=batch_size, output_norms=output_norms, until_stable=until_stable)
+
+
+def _count(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    batch_size: int,
+    output_norms: bool,
+    until_stable: StabilityConfig | None,
+) -> RoutingProfile:
+    num_tokens_N = inputs.num_tokens_N
+    num_sequences = len(num_tokens_N)
     _check(until_stable, num_sequences=num_sequences, output_norms=output_norms)
     layers = moe_layers(model)
     num_experts, top_k = _uniform(layers, "num_experts"), _uniform(layers, "top_k")
@@ -67,17 +110,20 @@ def count_sequences(
     )
     capture = RoutingCapture(layers, counter, with_output_norms=output_norms)
     block_N = torch.arange(num_sequences) % num_blocks
-    meta = _describe(model, sequence_length=sequence_length)
+    meta = _describe(model, sequence_length=inputs.sequence_length)
     start = 0
     with evaluating(model), capture.watch():
         for end in [num_sequences] if until_stable is None else check_points(num_sequences):
-            _run(model, sequences_NS[start:end], block_N[start:end], capture, batch_size=batch_size)
+            for first in range(start, end, batch_size):
+                _run(model, inputs, first, min(first + batch_size, end), block_N, capture)
             blocks = BlockCounts.counted(
                 counter,
                 layer_ids=tuple(layer.index for layer in layers),
                 num_experts=num_experts,
                 top_k=top_k,
-                num_tokens_G=torch.bincount(block_N[:end], minlength=num_blocks) * sequence_length,
+                num_tokens_G=torch.zeros(num_blocks, dtype=torch.int64).index_add_(
+                    0, block_N[:end], num_tokens_N[:end]
+                ),
                 meta=meta,
             )
             if until_stable is not None:
@@ -102,17 +148,19 @@ def _check(until_stable: StabilityConfig | None, *, num_sequences: int, output_n
         )
 
 
-def _run(model: nn.Module, sequences_NS: Tensor, block_N: Tensor, capture: RoutingCapture, *, batch_size: int) -> None:
-    num_sequences, sequence_length = sequences_NS.shape
+def _run(model: nn.Module, inputs: Inputs, start: int, end: int, block_N: Tensor, capture: RoutingCapture) -> None:
     device = next(model.parameters()).device
     # the logits of every position would be the largest tensor of the pass, and nobody looks at them
     accepted = inspect.signature(bare_model(model).forward).parameters
     extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    for start in range(0, num_sequences, batch_size):
-        ids_BS = sequences_NS[start : start + batch_size].to(device)
-        block_T = block_N[start : start + batch_size].repeat_interleave(sequence_length).to(device)
-        with capture.batch(block_T):
-            model(input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), use_cache=False, **extra)
+    batch, block_B1 = inputs.batch(start, end), block_N[start:end, None]
+
+    def groups(is_token_BS: Tensor) -> Tensor:
+        return torch.where(is_token_BS, block_B1, NOT_COUNTED).flatten().to(device)
+
+    encoder = None if batch.is_encoder_token_BS is None else groups(batch.is_encoder_token_BS)
+    with capture.batch(groups(batch.is_token_BT), encoder):
+        model(**{name: tensor.to(device) for name, tensor in batch.inputs.items()}, use_cache=False, **extra)
 
 
 def _report(stability: Stability, config: StabilityConfig, meta: dict[str, str]) -> None:
@@ -155,5 +203,6 @@ def _describe(model: nn.Module, *, sequence_length: int) -> dict[str, str]:
         "adapter": ", ".join(adapters) or "none",
         "dtype": str(next(bare.parameters()).dtype).removeprefix("torch."),
         "sequence_length": str(sequence_length),
+        **({"encoder_decoder": "true"} if is_encoder_decoder(model) else {}),
         "metier": __version__,
     }

@@ -8,6 +8,7 @@ routing log that somebody else wrote. Both count with the same `RoutingCounter`.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from metier.data.pack import pack
+from metier.data.pairs import Pair, encode_pairs
 from metier.errors import ConfigError, DataError
+from metier.models.encoder_decoder import is_encoder_decoder
 from metier.routing.counter import RoutingCounter
-from metier.routing.measure import count_sequences
+from metier.routing.measure import count_pairs, count_sequences
 from metier.routing.routing_profile import PAPER_SELECTION, RoutingProfile, UnreliableProfileWarning
 from metier.routing.stability import StabilityConfig
 
@@ -28,6 +31,7 @@ __all__ = [
     "RoutingProfile",
     "StabilityConfig",
     "UnreliableProfileWarning",
+    "count_pairs",
     "count_sequences",
     "profile",
     "profile_routing",
@@ -53,6 +57,9 @@ def profile(
     The records' conversations are shuffled, joined and cut into full sequences, so no padding is ever
     counted. Data shorter than two sequences is cut into shorter ones. The model is left as it was: no
     gradient, no hook, and every module in the mode that it was in.
+
+    An encoder-decoder reads each record's prompt and reply as in training, padded, and padding is not counted;
+    `max_length` then limits prompt and reply, and longer records are left out with a warning.
 
     Args:
         model: a transformers MoE model, bare or wrapped by PEFT (then what is measured is the tuned model).
@@ -88,10 +95,13 @@ def profile(
     for name, value in (("num_tokens", num_tokens), ("max_length", max_length), ("batch_size", batch_size)):
         if value < 1:
             raise ConfigError(f"{name}: got {value}, expected at least 1.")
-    sequences_NS = _full_sequences(records, tokenizer, num_tokens=num_tokens, max_length=max_length, seed=seed)
-    measured = count_sequences(
-        model, sequences_NS, batch_size=batch_size, output_norms=output_norms, until_stable=until_stable
-    )
+    options: dict[str, Any] = {"batch_size": batch_size, "output_norms": output_norms, "until_stable": until_stable}
+    if is_encoder_decoder(model):
+        pairs = _pairs(records, tokenizer, num_tokens=num_tokens, max_length=max_length, seed=seed)
+        measured = count_pairs(model, pairs, pad_token_id=int(tokenizer.pad_token_id), **options)
+    else:
+        sequences_NS = _full_sequences(records, tokenizer, num_tokens=num_tokens, max_length=max_length, seed=seed)
+        measured = count_sequences(model, sequences_NS, **options)
     measured.meta.update(num_records=str(len(records)), seed=str(seed))
     if until_stable is None:
         measured.warn_if_unreliable(PAPER_SELECTION)
@@ -142,6 +152,26 @@ def profile_routing(
         num_tokens_H=(int((half_T == 0).sum()), int((half_T == 1).sum())),
         meta=dict(meta or {}),
     )
+
+
+def _pairs(records: Sequence[Record], tokenizer: Any, *, num_tokens: int, max_length: int, seed: int) -> list[Pair]:
+    """Pairs of shuffled records up to `num_tokens`, prompts and replies together; at least two."""
+    if not records:
+        raise DataError("profile: got no records. Expected at least two; check the data set.")
+    shuffled = random.Random(seed).sample(records, len(records))
+    pairs: list[Pair] = []
+    total = 0
+    for pair in encode_pairs(shuffled, tokenizer, max_length=max_length).items:
+        total += pair.num_tokens
+        if total > num_tokens and len(pairs) >= 2:
+            break
+        pairs.append(pair)
+    if len(pairs) < 2:
+        raise DataError(
+            f"profile: got {len(records)} records, which make {len(pairs)} pair of prompt and reply.\n"
+            f"A profile needs two halves to be compared; give more records."
+        )
+    return pairs
 
 
 def _full_sequences(

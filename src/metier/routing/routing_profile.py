@@ -96,7 +96,8 @@ class RoutingProfile:
                 both).
 
         Raises:
-            SelectionError: nothing was counted, or output norms were not measured.
+            SelectionError: nothing was counted, output norms were not measured, or the raw scale was asked for an
+                encoder-decoder.
         """
         return self.exact_scores_LE(score, half=half, scale=scale).to(torch.float32)
 
@@ -106,6 +107,11 @@ class RoutingProfile:
         counted_LE = counted_HLE.sum(dim=0) if half is None else counted_HLE[half]
         if score == "token":
             return token_ratio_LE(counted_LE)
+        if scale == "raw" and "encoder_decoder" in self.meta:
+            raise SelectionError(
+                "scale: got 'raw', the mean a token, for an encoder-decoder, whose layers see different tokens.\n"
+                "Use the scale 'normalised'."
+            )
         if scale == "normalised":
             return gate_score_LE(counted_LE) if score == "gate" else output_norm_score_LE(counted_LE)
         num_tokens = self.num_tokens if half is None else self.num_tokens_H[half]

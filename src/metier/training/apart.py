@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from metier.data.encode import Encoded
+from metier.data.encode import Item
 from metier.errors import UnsupportedModelError
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -25,7 +25,7 @@ MOST_TOKENS = 512
 """A record is long enough to tell with so many tokens."""
 
 
-def check_records_stay_apart(model: nn.Module, items: Sequence[Encoded]) -> None:
+def check_records_stay_apart(model: nn.Module, items: Sequence[Item]) -> None:
     """Compare a record's logits behind another record of its row with those it has alone.
 
     Args:
@@ -54,7 +54,7 @@ def check_records_stay_apart(model: nn.Module, items: Sequence[Encoded]) -> None
         )
 
 
-def _two_records(items: Sequence[Encoded]) -> tuple[list[int], list[int]] | None:
+def _two_records(items: Sequence[Item]) -> tuple[list[int], list[int]] | None:
     """The longest record and the first one that differs from it, cut; None where there are no two of them."""
     longest = max(items, key=lambda item: len(item.input_ids)).input_ids[:MOST_TOKENS]
     other = next((i.input_ids[:MOST_TOKENS] for i in items if i.input_ids[:MOST_TOKENS] != longest), None)

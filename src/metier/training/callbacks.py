@@ -63,6 +63,8 @@ class CountTokens(TrainerCallback):
     def _count(self, model: nn.Module, _: tuple[Any, ...], batch: dict[str, Any]) -> None:
         if model.training:
             self.num_tokens += num_record_tokens(batch.get("attention_mask"), batch.get("position_ids"))
+            if "decoder_attention_mask" in batch:
+                self.num_tokens += int(batch["decoder_attention_mask"].sum())
 
     def on_log(
         self,
@@ -72,7 +74,7 @@ class CountTokens(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if logs is not None and "num_tokens" in logs:
+        if logs is not None and ("num_tokens" in logs or "loss" in logs):
             logs["num_tokens"] = float(self.num_tokens)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

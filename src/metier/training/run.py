@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import peft
+import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from metier.config import RunConfig
 from metier.data.collate import padding_share
-from metier.data.encode import EncodedSet, encode_records
+from metier.data.encode import EncodedSet, Item, encode_records
 from metier.data.message import Record
+from metier.data.pairs import encode_pairs
 from metier.data.records import load_records, mix
 from metier.deltas.save import save_delta
-from metier.models.load import load
+from metier.models.encoder_decoder import is_encoder_decoder, refuse_encoder_decoder
+from metier.models.load import LoadedModel, load
 from metier.routing.selection import ExpertSelection
 from metier.training.apart import check_records_stay_apart
 from metier.training.callbacks import CountTokens, MetricsLog, ShowProgress, peak_memory_bytes, reset_peak_memory
@@ -74,11 +77,14 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
     loaded = load(
         config.model, dtype=config.dtype, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
+    _tell_of_slow_bf16(loaded.model, config, console)
+    if config.padding_free:
+        refuse_encoder_decoder(loaded.model, "padding_free", "Set padding_free: false; its batches are padded.")
     records = load_records(config.dataset)
-    items = _encode(_with_general(records, config), loaded.tokenizer, config, console)
+    items = _encode(_with_general(records, config), loaded, config, console)
     eval_items = None
     if config.eval_dataset is not None:
-        eval_items = _encode(load_records(config.eval_dataset), loaded.tokenizer, config, console)
+        eval_items = _encode(load_records(config.eval_dataset), loaded, config, console)
     selection = None
     if selects_experts(config):
         selection = run_selection(loaded.model, loaded.tokenizer, records, config, folder)
@@ -89,7 +95,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
     console.print(plan)
     if config.padding_free:
         check_records_stay_apart(model, items.items)
-    else:
+    elif not is_encoder_decoder(model):
         _tell_of_padding(items, config, console)
     trainer = make_trainer(
         model,
@@ -120,10 +126,15 @@ def _with_general(records: list[Record], config: RunConfig) -> list[Record]:
     return mix(records, load_records(config.general_dataset), config.general_ratio, config.seed)
 
 
-def _encode(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: RunConfig, console: Console
-) -> EncodedSet:
-    encoded = encode_records(records, tokenizer, max_length=config.max_length)
+def encode_for(loaded: LoadedModel, records: Sequence[Record], config: RunConfig) -> EncodedSet[Item]:
+    """Records as the model is trained on them: conversations, or an encoder-decoder's pairs."""
+    if is_encoder_decoder(loaded.model):
+        return encode_pairs(records, loaded.tokenizer, max_length=config.max_length)
+    return encode_records(records, loaded.tokenizer, max_length=config.max_length)
+
+
+def _encode(records: Sequence[Record], loaded: LoadedModel, config: RunConfig, console: Console) -> EncodedSet[Item]:
+    encoded = encode_for(loaded, records, config)
     console.print(
         f"{len(encoded.items):,} records, {encoded.num_trained_tokens:,} of {encoded.num_tokens:,} tokens have a loss"
     )
@@ -132,10 +143,22 @@ def _encode(
     return encoded
 
 
-def _tell_of_padding(items: EncodedSet, config: RunConfig, console: Console) -> None:
+def _tell_of_padding(items: EncodedSet[Item], config: RunConfig, console: Console) -> None:
     share = padding_share([len(item.input_ids) for item in items.items], config.per_device_train_batch_size)
     if share >= WORTH_TELLING:
         console.print(f"{share:.0%} of what a batch computes is padding; padding_free: true leaves it out.")
+
+
+def _tell_of_slow_bf16(model: PreTrainedModel, config: RunConfig, console: Console) -> None:
+    if model.device.type != "cpu" or not (config.bf16 or model.dtype == torch.bfloat16):
+        return
+    can = torch.cpu.get_capabilities()
+    if can.get("architecture") == "x86_64" and not (can.get("avx512_bw") or can.get("avx_ne_convert")):
+        console.print(
+            "This CPU has no instructions for bfloat16: its products take some 50 times as long as float32's, which "
+            "dtype: float32 and bf16: false give.",
+            style="yellow",
+        )
 
 
 def _save(model: PreTrainedModel | peft.PeftModel, tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> None:

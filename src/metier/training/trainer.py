@@ -1,47 +1,81 @@
-"""TRL's SFTTrainer, set up from a RunConfig: records are tokens and labels already, and no default surprises."""
+"""TRL's SFTTrainer, set up from a RunConfig: records are tokens and labels already, and no default surprises.
+
+Encoder-decoders, which TRL does not train, get transformers' Seq2SeqTrainer with the same settings.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from metier.config import RunConfig
 from metier.data.collate import Collator, PaddingFreeCollator
-from metier.data.encode import Encoded
+from metier.data.encode import Item
+from metier.data.pairs import PairCollator, token_mean_loss
+from metier.models.encoder_decoder import decoder_start_token, is_encoder_decoder
 from metier.training.learning_rates import set_learning_rates
 
 
 def make_trainer(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[Encoded],
+    items: Sequence[Item],
     config: RunConfig,
     checkpoints: Path,
     *,
-    eval_items: Sequence[Encoded] | None,
+    eval_items: Sequence[Item] | None,
     callbacks: list[TrainerCallback],
-) -> SFTTrainer:
+) -> Trainer:
     """A trainer over encoded records; the loss is on their labels, the mean over the step's labelled tokens."""
     if not isinstance(model, PeftModel):
         # the trainer resumes by parameter names: experts stacked as in memory, not one by one as on the hub
         model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
-    trainer = SFTTrainer(
-        model=model,
-        args=_arguments(config, checkpoints, has_eval=eval_items is not None),
-        train_dataset=_dataset(items),
-        eval_dataset=None if eval_items is None else _dataset(eval_items),
-        processing_class=tokenizer,
-        data_collator=(PaddingFreeCollator if config.padding_free else Collator)(int(tokenizer.pad_token_id)),
-        callbacks=callbacks,
-    )
+    pad_token = int(tokenizer.pad_token_id)
+    arguments = _arguments(config, checkpoints, has_eval=eval_items is not None)
+    common: dict[str, Any] = {
+        "model": model,
+        "train_dataset": _dataset(items),
+        "eval_dataset": None if eval_items is None else _dataset(eval_items),
+        "processing_class": tokenizer,
+        "callbacks": callbacks,
+    }
+    trainer: Trainer
+    if is_encoder_decoder(model):
+        trainer = Seq2SeqTrainer(
+            args=Seq2SeqTrainingArguments(**arguments),
+            data_collator=PairCollator(pad_token, decoder_start_token(model)),
+            # the model's own loss is a batch's mean, which weighs the tokens of short batches more
+            compute_loss_func=token_mean_loss,
+            **common,
+        )
+    else:
+        trainer = SFTTrainer(
+            args=SFTConfig(
+                dataset_kwargs={"skip_prepare_dataset": True},
+                max_length=None,
+                # the router is frozen under ESFT; TRL would else take a balancing loss from the model's configuration
+                router_aux_loss_coef=0.0,
+                **arguments,
+            ),
+            data_collator=(PaddingFreeCollator if config.padding_free else Collator)(pad_token),
+            **common,
+        )
     if config.own_learning_rates:
         set_learning_rates(trainer, model, config.own_learning_rates)
     for shown_elsewhere in (PrinterCallback, ProgressCallback):
@@ -49,7 +83,7 @@ def make_trainer(
     return trainer
 
 
-def _dataset(items: Sequence[Encoded]) -> Dataset:
+def _dataset(items: Sequence[Item]) -> Dataset:
     return Dataset.from_dict(
         {
             "input_ids": [item.input_ids for item in items],
@@ -59,37 +93,33 @@ def _dataset(items: Sequence[Encoded]) -> Dataset:
     )
 
 
-def _arguments(config: RunConfig, checkpoints: Path, *, has_eval: bool) -> SFTConfig:
-    return SFTConfig(
-        output_dir=str(checkpoints),
-        dataset_kwargs={"skip_prepare_dataset": True},
+def _arguments(config: RunConfig, checkpoints: Path, *, has_eval: bool) -> dict[str, Any]:
+    return {
+        "output_dir": str(checkpoints),
         # the collator names the origins of a batch that has nothing to train on
-        remove_unused_columns=False,
-        max_length=None,
-        learning_rate=config.learning_rate,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        per_device_eval_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        num_train_epochs=config.num_train_epochs,
-        max_steps=-1 if config.max_steps is None else config.max_steps,
-        bf16=config.bf16,
+        "remove_unused_columns": False,
+        "learning_rate": config.learning_rate,
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "per_device_eval_batch_size": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "num_train_epochs": config.num_train_epochs,
+        "max_steps": -1 if config.max_steps is None else config.max_steps,
+        "bf16": config.bf16,
         # the trainer refuses bf16 on a host without an accelerator unless it is told that it may
-        use_cpu=not torch.accelerator.is_available(),
-        gradient_checkpointing=config.gradient_checkpointing,
-        lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-        logging_steps=config.logging_steps,
-        report_to=config.report_to,
-        save_strategy="no" if config.save_steps is None else "steps",
-        save_steps=500 if config.save_steps is None else config.save_steps,
+        "use_cpu": not torch.accelerator.is_available(),
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "warmup_steps": config.warmup_steps,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "seed": config.seed,
+        "logging_steps": config.logging_steps,
+        "report_to": config.report_to,
+        "save_strategy": "no" if config.save_steps is None else "steps",
+        "save_steps": 500 if config.save_steps is None else config.save_steps,
         # MarkCheckpoints keeps to the limit
-        save_total_limit=None,
-        eval_strategy="epoch" if has_eval else "no",
-        # the router is frozen under ESFT; TRL would else take a balancing loss from the model's own configuration
-        router_aux_loss_coef=0.0,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
+        "save_total_limit": None,
+        "eval_strategy": "epoch" if has_eval else "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
