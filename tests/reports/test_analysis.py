@@ -53,6 +53,7 @@ def test_each_profile_has_a_heat_map_of_every_expert() -> None:
     cells = Page(rendered()).of_class("cell")
     assert len(cells) == 2 * 2 * 4
     assert "layer 1, expert 0: 0.5000" in (cells[0]["title"] or "")
+    assert "selected" not in Page(rendered()).words.split("Every expert")[1]
 
 
 def test_one_profile_makes_a_page_without_comparisons() -> None:

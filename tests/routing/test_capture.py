@@ -24,7 +24,7 @@ class Experts(nn.Module):
 
 def made() -> tuple[Experts, RoutingCapture, RoutingCounter]:
     experts, counter = Experts(), RoutingCounter(num_layers=1, num_experts=3)
-    layer = SimpleNamespace(entry=experts, path="layers.0.experts")
+    layer = SimpleNamespace(in_encoder=False, entry=experts, path="layers.0.experts")
     return experts, RoutingCapture([layer], counter), counter  # type: ignore[list-item]
 
 
@@ -113,7 +113,7 @@ class Doubling(nn.Module):
 def test_output_norms_are_measured_from_the_same_call(in_chunks: bool, by_keyword: bool) -> None:
     experts = Doubling()
     counter = RoutingCounter(num_layers=1, num_experts=3, with_output_norms=True)
-    layer = SimpleNamespace(entry=experts, path="layers.0.experts", num_experts=3)
+    layer = SimpleNamespace(in_encoder=False, entry=experts, path="layers.0.experts", num_experts=3)
     capture = RoutingCapture([layer], counter, with_output_norms=True)  # type: ignore[list-item]
     hidden_TD = torch.tensor([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]])  # norms 5, 2, 1
     with capture.watch(), capture.batch(HALF_T):

@@ -91,7 +91,7 @@ def _concentration(analysis: Analysis, rows: Mapping[str, Sequence[Sequence[floa
     ranks = sorted({rank for facts in analysis.profiles.values() for rank in facts.top_share})
     top_ps = list(next(iter(analysis.profiles.values())).num_selected)
     head: list[Child] = ["profile", "tokens", "halves agree"]
-    head += [f"top {rank}" for rank in ranks] + [f"experts at p={top_p:g}" for top_p in top_ps]
+    head += [f"top {rank}" for rank in ranks] + [f"p={top_p:g}" for top_p in top_ps]
     body: list[list[Child]] = []
     for name, facts in analysis.profiles.items():
         shares = [units.share(sum(facts.top_share[rank]) / len(facts.top_share[rank])) for rank in ranks]
@@ -106,7 +106,8 @@ def _concentration(analysis: Analysis, rows: Mapping[str, Sequence[Sequence[floa
         tag("div", chart, layers, class_="pair"),
         table(head, body),
         lead="The fewer experts cover a task, the less has to be trained. “Halves agree” is the Jaccard overlap of "
-        "what two halves of the text select at p = 0.2: under 0.9, profile more text.",
+        "what two halves of the text select at p = 0.2: under 0.9, profile more text. Under “p” stand the experts "
+        "of a layer that it takes to cover that share.",
     )
 
 

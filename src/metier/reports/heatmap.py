@@ -45,25 +45,24 @@ def heat_map(data: ReportData) -> Markup:
     highest = max(finite, default=0.0) or 1.0
     num_experts = len(data.scores_LE[0])
     rows = [
-        _layer(layer, row, highest, () if data.selected is None else data.selected.get(layer, ()))
+        _layer(layer, row, highest, None if data.selected is None else data.selected.get(layer, ()))
         for layer, row in zip(data.layer_ids, data.scores_LE, strict=True)
     ]
     selected = data.selected or {}
     num_selected = sum(len(set(experts)) for experts in selected.values())
-    label = (
-        f"Heat map of {len(rows)} layers by {num_experts} experts. {num_selected} experts are selected; "
-        "the table below lists them."
-    )
+    label = f"Heat map of {len(rows)} layers by {num_experts} experts."
+    if data.selected is not None:
+        label += f" {num_selected} experts are selected; the table below lists them."
     return tag(
         "figure",
         tag("div", join(rows), _axis(num_experts), class_="heat", role="img", aria_label=label),
-        _legend(highest, is_marked=bool(selected)),
+        _legend(highest, is_marked=bool(selected), has_selection=data.selected is not None),
         class_="wide" if num_experts <= _EXPERTS_WITH_GAPS else "wide dense",
     )
 
 
-def _layer(layer: int, scores_E: Sequence[float], highest: float, experts: Sequence[int]) -> Markup:
-    chosen = set(experts)
+def _layer(layer: int, scores_E: Sequence[float], highest: float, experts: Sequence[int] | None) -> Markup:
+    chosen = set(experts or ())
     cells = [
         tag(
             "i",
@@ -80,7 +79,7 @@ def _layer(layer: int, scores_E: Sequence[float], highest: float, experts: Seque
         tag("span", join(cells), class_="cells", style=f"--experts:{len(scores_E)}"),
         tag(
             "span",
-            tag("b", str(len(chosen))),
+            None if experts is None else tag("b", str(len(chosen))),
             tag("span", f" · {units.share(covered)}") if chosen else None,
             class_="heat-cover",
         ),
@@ -103,7 +102,7 @@ def _axis(num_experts: int) -> Markup:
     )
 
 
-def _legend(highest: float, *, is_marked: bool) -> Markup:
+def _legend(highest: float, *, is_marked: bool, has_selection: bool) -> Markup:
     stops = ",".join(shade(position / 8) for position in range(9))
     return tag(
         "figcaption",
@@ -117,7 +116,8 @@ def _legend(highest: float, *, is_marked: bool) -> Markup:
         tag("span", tag("i", class_="ring"), "selected and trained", class_="key") if is_marked else None,
         tag(
             "span",
-            "left: decoder layer; below: expert; right: selected, and the share they cover",
+            "left: decoder layer; below: expert"
+            + ("; right: selected, and the share they cover" if has_selection else ""),
             class_="key",
         ),
     )
