@@ -185,10 +185,14 @@ def test_a_profile_stops_at_the_tokens_asked_for_and_has_no_raw_scale(loaded: Lo
     torch.testing.assert_close(profile.scores_LE("gate").sum(1), torch.ones(2))
 
 
+START = 70
+"""A token that decoding shows, so that it would be seen in a reply."""
+
+
 @torch.no_grad()
 def slow_reply(loaded: LoadedModel, prompt: str, num_tokens: int) -> list[int]:
     """One token after the other, the prompt alone and nothing kept."""
-    ids, said = torch.tensor([loaded.tokenizer(prompt)["input_ids"]]), [0]
+    ids, said = torch.tensor([loaded.tokenizer(prompt)["input_ids"]]), [START]
     for _ in range(num_tokens):
         logits = loaded.model(input_ids=ids, decoder_input_ids=torch.tensor([said]), use_cache=False).logits
         said.append(int(logits[0, -1].argmax()))
@@ -198,6 +202,7 @@ def slow_reply(loaded: LoadedModel, prompt: str, num_tokens: int) -> list[int]:
 
 
 def test_replies_of_a_batch_are_those_of_each_prompt_alone(loaded: LoadedModel, tmp_path: Path) -> None:
+    loaded.model.config.decoder_start_token_id = loaded.model.generation_config.decoder_start_token_id = START
     loaded.model.config.expert_capacity = 3  # few enough that padding in front would push tokens out
     for module in loaded.model.modules():
         if hasattr(module, "expert_capacity"):
