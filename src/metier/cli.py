@@ -6,7 +6,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -116,16 +116,8 @@ def profile(
 
     records = load_records(dataset, split=split)
     loaded = load(model, trust_remote_code=trust_remote_code)
-    network = loaded.model
-    if adapter is not None:
-        import peft
-
-        import metier.methods.esft
-        import metier.methods.expert_lora  # noqa: F401  importing them makes PEFT know them
-
-        network = peft.PeftModel.from_pretrained(network, str(adapter))
     result = profile_routing(
-        network,
+        _with_adapter(loaded.model, adapter),
         loaded.tokenizer,
         records,
         num_tokens=num_tokens,
@@ -252,12 +244,7 @@ def evaluate(
     from metier.reports.console import comparison_table
 
     loaded = load(model, trust_remote_code=trust_remote_code)
-    subject = loaded.model
-    if adapter is not None:
-        from peft import PeftModel
-
-        subject = PeftModel.from_pretrained(subject, str(adapter))
-    scores = evaluate_model(subject, loaded.tokenizer, task=task, general=general)
+    scores = evaluate_model(_with_adapter(loaded.model, adapter), loaded.tokenizer, task=task, general=general)
     if output is not None:
         scores.save(output)
     _print(comparison_table(compare(scores, [], base_name=model if adapter is None else str(adapter))))
@@ -410,6 +397,15 @@ def _preview(config: RunConfig) -> None:
     records = load_records(config.dataset)
     loaded = load(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     _print(preview(encode_for(loaded, records, config), loaded.tokenizer))
+
+
+def _with_adapter(model: Any, adapter: Path | None) -> Any:
+    """The model with a delta on it; as it is where there is none."""
+    if adapter is None:
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(adapter))
 
 
 def _print(renderable: object) -> None:

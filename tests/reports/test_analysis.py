@@ -6,26 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from html_page import ALLOWED_TAGS, HOSTILE, Page
+from made_profiles import counted_profile as profile
 from metier.reports.analysis import render_analysis, write_analysis
 from metier.routing.analysis import analyse
-from metier.routing.routing_profile import RoutingProfile
-
-
-def profile(counts: list[list[int]]) -> RoutingProfile:
-    counts_LE = torch.tensor(counts)
-    num_tokens = int(counts_LE[0].sum()) // 4
-    return RoutingProfile(
-        layer_ids=(1, 3),
-        num_experts=counts_LE.shape[1],
-        top_k=2,
-        token_counts_HLE=torch.stack([counts_LE // 2, counts_LE // 2]),
-        gate_mass_HLE=torch.stack([counts_LE // 2, counts_LE // 2]).double(),
-        num_tokens_H=(num_tokens, num_tokens),
-    )
-
 
 LAW = profile([[50, 30, 20, 0], [40, 40, 10, 10]])
 CODE = profile([[0, 50, 10, 40], [40, 40, 10, 10]])

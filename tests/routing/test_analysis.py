@@ -5,28 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
+from made_profiles import counted_profile as profile
 from metier.errors import SelectionError
 from metier.routing.analysis import analyse
 from metier.routing.drift import drift
 from metier.routing.routing_profile import RoutingProfile
-
-
-def profile(counts: list[list[int]], layers: tuple[int, ...] = (1, 3)) -> RoutingProfile:
-    """Token counts by layer and expert, all of them even, the same in both halves."""
-    counts_LE = torch.tensor(counts)
-    halves_HLE = torch.stack([counts_LE // 2, counts_LE // 2])
-    num_tokens = int(counts_LE[0].sum()) // 4
-    return RoutingProfile(
-        layer_ids=layers,
-        num_experts=counts_LE.shape[1],
-        top_k=2,
-        token_counts_HLE=halves_HLE,
-        gate_mass_HLE=halves_HLE.double(),
-        num_tokens_H=(num_tokens, num_tokens),
-    )
-
 
 LAW = profile([[50, 30, 20, 0], [40, 40, 10, 10]])
 CODE = profile([[0, 50, 10, 40], [40, 40, 10, 10]])

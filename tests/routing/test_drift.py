@@ -10,24 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from made_profiles import counted_profile as profile
 from metier.errors import SelectionError
 from metier.routing.drift import drift, jensen_shannon, moved_share
-from metier.routing.routing_profile import RoutingProfile
-
-
-def profile(counts: list[list[int]], layers: tuple[int, ...] = (1, 3)) -> RoutingProfile:
-    """Token counts by layer and expert, split over the two halves."""
-    counts_LE = torch.tensor(counts)
-    halves_HLE = torch.stack([counts_LE // 2, counts_LE - counts_LE // 2])
-    num_tokens = int(counts_LE[0].sum()) // 2
-    return RoutingProfile(
-        layer_ids=layers,
-        num_experts=counts_LE.shape[1],
-        top_k=2,
-        token_counts_HLE=halves_HLE,
-        gate_mass_HLE=halves_HLE.double(),
-        num_tokens_H=(num_tokens // 2, num_tokens - num_tokens // 2),
-    )
 
 
 def test_each_layer_says_how_much_of_its_score_moved_and_which_experts_did() -> None:

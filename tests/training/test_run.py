@@ -17,7 +17,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
+from metier.cli import app
 from metier.config import RunConfig, load_run_config
 from metier.deltas.read import read_delta
 from metier.errors import ConfigError, RunError, SelectionError
@@ -281,3 +283,25 @@ def test_a_run_tells_of_much_padding_once_and_not_where_there_is_none(
     assert "of what a batch computes is padding; padding_free: true leaves it out." in console.file.getvalue()  # type: ignore[attr-defined]
     train(configure("free", max_length=256, padding_free=True), console=console)
     assert console.file.getvalue().count("is padding") == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore::metier.routing.profile.UnreliableProfileWarning")
+def test_routing_before_and_after_a_run_is_compared_from_the_command_line(
+    configure: Configure, console: Console, tmp_path: Path
+) -> None:
+    config = configure()
+    result = train(config, console=console)
+    for name, extra in (("before", []), ("after", ["--adapter", str(result.folder / "adapter")])):
+        command = ["profile", config.model, config.dataset, "-o", str(tmp_path / name), "--num-tokens", "512", *extra]
+        assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    names = [f"{name}={tmp_path / name}" for name in ("before", "after")]
+    command = ["analyse", *names, "--drift", "before=after", "-o", str(tmp_path / "page")]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    values = json.loads((tmp_path / "page" / "analysis.json").read_text())
+    assert max(layer["moved_share"] for layer in values["drifts"]["before → after"]["layers"]) > 0
+    assert "Drift: before → after" in (tmp_path / "page" / "analysis.html").read_text()
+    for wrong, message in (("before", "expected NAME=FOLDER"), ("before=", "expected NAME=FOLDER")):
+        with pytest.raises(ConfigError, match=message):
+            CliRunner().invoke(app, ["analyse", wrong], catch_exceptions=False)
+    with pytest.raises(ConfigError, match="expected each once"):
+        CliRunner().invoke(app, ["analyse", names[0], names[0]], catch_exceptions=False)

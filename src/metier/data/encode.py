@@ -127,8 +127,6 @@ def encode_records(
     Raises:
         DataError: no records, none that fits, or one that cannot be rendered.
     """
-    if not records:
-        raise DataError("no records to encode. Expected at least one; check the data set.")
     if with_tools := next((record for record in records if record.tools), None):
         check_tools_are_rendered(with_tools, tokenizer)
     return encoded_set([encode(record, tokenizer) for record in records], max_length=max_length)
@@ -138,8 +136,10 @@ def encoded_set(encoded: Sequence[ItemT], *, max_length: int) -> EncodedSet[Item
     """What is trained on of encoded records; what is left out is logged as a warning.
 
     Raises:
-        DataError: none is short enough.
+        DataError: there is none, or none is short enough.
     """
+    if not encoded:
+        raise DataError("no records to encode. Expected at least one; check the data set.")
     items = tuple(item for item in encoded if item.length <= max_length)
     result = EncodedSet(
         items=items,
@@ -162,7 +162,7 @@ def encoded_set(encoded: Sequence[ItemT], *, max_length: int) -> EncodedSet[Item
 def encode(record: Record, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Encode one record, whatever its length."""
     if record.text is not None:
-        input_ids = _with_end(_with_start(record.text, tokenizer), record, tokenizer)
+        input_ids = with_end(_with_start(record.text, tokenizer), record, tokenizer)
         return Encoded(input_ids, list(input_ids), record.origin)
     if record.is_plain and tokenizer.chat_template is None:
         return _encode_plain(record, tokenizer)
@@ -192,20 +192,27 @@ def _encode_plain(record: Record, tokenizer: PreTrainedTokenizerBase) -> Encoded
     """Prompt, completion and end, tokenized apart: at inference the prompt comes alone too."""
     prompt, completion = (message.content for message in record.messages)
     prompt_ids = _with_start(prompt, tokenizer)
-    completion_ids = _with_end(tokenizer(completion, add_special_tokens=False)["input_ids"], record, tokenizer)
+    completion_ids = with_end(tokenizer(completion, add_special_tokens=False)["input_ids"], record, tokenizer)
     labels = [IGNORED] * len(prompt_ids) + completion_ids
     return Encoded(prompt_ids + completion_ids, labels, record.origin)
 
 
 def _with_start(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The text's tokens after the tokenizer's start, without what it puts at the end."""
-    input_ids: list[int] = tokenizer(text)["input_ids"]
-    if input_ids and input_ids[-1] == tokenizer.eos_token_id:
-        return input_ids[:-1]
-    return input_ids
+    return without_end(tokenizer(text)["input_ids"], tokenizer)
 
 
-def _with_end(input_ids: list[int], record: Record, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def without_end(input_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens without an end-of-text token behind them."""
+    return input_ids[:-1] if input_ids and input_ids[-1] == tokenizer.eos_token_id else input_ids
+
+
+def with_end(input_ids: list[int], record: Record, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens and an end-of-text token.
+
+    Raises:
+        DataError: the tokenizer has none.
+    """
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"{record.origin}: the tokenizer '{tokenizer.name_or_path}' has no end-of-text token, so the "

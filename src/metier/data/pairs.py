@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from metier.data.collate import padded
-from metier.data.encode import IGNORED, EncodedSet, encoded_set
+from metier.data.encode import IGNORED, EncodedSet, encoded_set, with_end, without_end
 from metier.data.message import Message, Record
 from metier.errors import DataError
 
@@ -57,8 +57,6 @@ def encode_pairs(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, 
     Raises:
         DataError: no records, none that fits, or one that is no prompt with a reply.
     """
-    if not records:
-        raise DataError("no records to encode. Expected at least one; check the data set.")
     pairs = [pair for record in records for pair in pairs_of(record, tokenizer)]
     return encoded_set(pairs, max_length=max_length)
 
@@ -81,15 +79,10 @@ def pairs_of(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
             f"{record.origin}: got {got}; an encoder-decoder needs a prompt and then the assistant's reply. Give "
             f"records with prompt and completion, or conversations that the assistant does not begin."
         )
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"{record.origin}: the tokenizer '{tokenizer.name_or_path}' has no end-of-text token, so the model could "
-            f"not learn where a reply ends. Set tokenizer.eos_token."
-        )
     return [
         Pair(
             input_ids=encoder_ids(record.messages[:index], tokenizer),
-            labels=_ended(tokenizer(text_target=record.messages[index].content)["input_ids"], tokenizer),
+            labels=_reply_ids(record, index, tokenizer),
             origin=record.origin,
         )
         for index in replies
@@ -155,9 +148,9 @@ def token_mean_loss(outputs: Any, labels_BT: Tensor, num_items_in_batch: Tensor 
     return total / ((labels_BT != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-def _ended(input_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    end = int(tokenizer.eos_token_id)
-    return input_ids if input_ids and input_ids[-1] == end else [*input_ids, end]
+def _reply_ids(record: Record, index: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids: list[int] = tokenizer(text_target=record.messages[index].content)["input_ids"]
+    return with_end(without_end(ids, tokenizer), record, tokenizer)
 
 
 def _pair(feature: Mapping[str, Any]) -> Pair:

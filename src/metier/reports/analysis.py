@@ -64,10 +64,10 @@ def render_analysis(analysis: Analysis, profiles: Mapping[str, RoutingProfile]) 
 
 
 def _concentration(analysis: Analysis, rows: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
-    names, num_experts = list(rows), analysis.num_experts
+    num_experts = analysis.num_experts
     uniform = [(0.0, 0.0), (float(num_experts), 1.0)]
     lines = [Line(name="uniform routing", points=uniform, color="#5b6470", kind="dashed")]
-    lines += [Line(name=name, points=_mean_curve(rows[name]), color=_color(name, names)) for name in names]
+    lines += [Line(name=name, points=_mean_curve(rows[name]), color=_color(i)) for i, name in enumerate(rows)]
     chart = line_chart(
         lines,
         x_title="experts of a layer, most used first",
@@ -78,9 +78,9 @@ def _concentration(analysis: Analysis, rows: Mapping[str, Sequence[Sequence[floa
         Line(
             name=name,
             points=[(float(i), s) for i, s in zip(analysis.layer_ids, facts.top_share[analysis.top], strict=True)],
-            color=_color(name, names),
+            color=_color(number),
         )
-        for name, facts in analysis.profiles.items()
+        for number, (name, facts) in enumerate(analysis.profiles.items())
     ]
     layers = line_chart(
         by_layer,
@@ -138,7 +138,7 @@ def _shared(analysis: Analysis) -> Markup:
         Line(
             name=f"{pair.first}, {pair.second}",
             points=[(float(i), float(n)) for i, n in zip(analysis.layer_ids, pair.by_layer, strict=True)],
-            color=_color(f"{number}", [str(n) for n in range(len(analysis.shared))]),
+            color=_color(number),
             kind="plain" if len(analysis.shared) <= 6 else "faint",
         )
         for number, pair in enumerate(analysis.shared)
@@ -199,7 +199,7 @@ def _maps(analysis: Analysis, rows: Mapping[str, Sequence[Sequence[float]]]) -> 
     return section("Every expert", *maps, lead="Darker experts get more of their layer.")
 
 
-def _color(name: str, names: Sequence[str]) -> str:
+def _color(position: int) -> str:
     """A colour of its own for each of many names."""
     palette = ("#0b5cad", "#a8410b", "#0a6e5c", "#7a3fa0", "#8a6100", "#b0246b", "#3f6212", "#444cc0")
-    return palette[names.index(name) % len(palette)]
+    return palette[position % len(palette)]

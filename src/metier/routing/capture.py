@@ -89,17 +89,15 @@ class RoutingCapture:
             group_T = self._groups(position)[start : self._seen[position]]
             if group_T.shape[0] != expert_ids_TK.shape[0]:
                 return  # `batch` reports it
-            hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
-            hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-            if self._has_padding:
-                is_counted_T = group_T >= 0
-                group_T, hidden_TD = group_T[is_counted_T], hidden_TD[is_counted_T]
-                expert_ids_TK, routing_weights_TK = expert_ids_TK[is_counted_T], routing_weights_TK[is_counted_T]
+            is_counted_T = group_T >= 0 if self._has_padding else slice(None)
+            group_T = group_T[is_counted_T]
+            expert_ids_TK, routing_weights_TK = expert_ids_TK[is_counted_T], routing_weights_TK[is_counted_T]
             norms_TK = None
             if self._with_output_norms:
+                hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
                 norms_TK = output_norms_TK(
                     module,
-                    hidden_TD,
+                    hidden_states.reshape(-1, hidden_states.shape[-1])[is_counted_T],
                     expert_ids_TK,
                     routing_weights_TK,
                     num_experts=self._layers[position].num_experts,
