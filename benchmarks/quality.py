@@ -116,26 +116,52 @@ def selection_for(run: Run) -> ExpertSelection:
     return selection
 
 
+def run_config(
+    folder: Path,
+    task: str,
+    *,
+    learning_rate: float,
+    selection: ExpertSelection | None = None,
+    method: str = "esft",
+    mix: bool = False,
+    seed: int = 0,
+) -> RunConfig:
+    """One pass over a task's training records; what every benchmark that trains the embedded model runs.
+
+    Args:
+        selection: the experts to train, with "esft"; saved in `folder`, as is the run.
+    """
+    if selection is not None:
+        selection.save(folder / "selection.json")
+    return RunConfig(
+        model="embedded",
+        dataset=str(embedded.task_path(task, "train")),
+        output_dir=str(folder / "run"),
+        method=method,
+        selection=None if selection is None else str(folder / "selection.json"),
+        general_dataset=str(embedded.mix_path()) if mix else None,
+        dtype="float32",
+        learning_rate=learning_rate,
+        per_device_train_batch_size=BATCH,
+        # with the mix a step is twice as large: as many task records a step either way
+        gradient_accumulation_steps=2 if mix else 1,
+        padding_free=True,
+        warmup_steps=WARMUP_STEPS,
+        max_length=MAX_LENGTH,
+        seed=seed,
+    )
+
+
 def execute(run: Run) -> dict:
     with tempfile.TemporaryDirectory() as name:
-        folder, is_baseline = Path(name), run.method in ("full", "lora")
-        if not is_baseline:
-            selection_for(run).save(folder / "selection.json")
-        config = RunConfig(
-            model="embedded",
-            dataset=str(embedded.task_path(run.task, "train")),
-            output_dir=str(folder / "run"),
-            method=run.method if is_baseline else "esft",
-            selection=None if is_baseline else str(folder / "selection.json"),
-            general_dataset=str(embedded.mix_path()) if run.mix else None,
-            dtype="float32",
+        is_baseline = run.method in ("full", "lora")
+        config = run_config(
+            Path(name),
+            run.task,
             learning_rate=run.learning_rate,
-            per_device_train_batch_size=BATCH,
-            # with the mix a step is twice as large: as many task records a step either way
-            gradient_accumulation_steps=2 if run.mix else 1,
-            padding_free=True,
-            warmup_steps=WARMUP_STEPS,
-            max_length=MAX_LENGTH,
+            selection=None if is_baseline else selection_for(run),
+            method=run.method if is_baseline else "esft",
+            mix=run.mix,
             seed=run.seed,
         )
         result = train(config, console=Console(file=StringIO()))

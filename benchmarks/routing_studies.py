@@ -24,14 +24,13 @@ from pathlib import Path
 import numpy as np
 import peft
 import torch
-from quality import BATCH, MAX_LENGTH, TOP_P, WARMUP_STEPS, measure
+from quality import TOP_P, measure, run_config
 from quality_report import forgetting as forgetting_of
 from rich.console import Console
 from torch import Tensor
 
 import metier
 from metier import embedded
-from metier.config import RunConfig
 from metier.data.records import load_records
 from metier.models.moe import moe_layers
 from metier.reports.analysis import write_analysis
@@ -95,19 +94,7 @@ def trained_share(selection: ExpertSelection) -> float:
 
 def train_on(selection: ExpertSelection, folder: Path):
     """ESFT on those experts, as quality.py trains."""
-    selection.save(folder / "selection.json")
-    config = RunConfig(
-        model="embedded",
-        dataset=str(embedded.task_path("synopsis", "train")),
-        output_dir=str(folder / "run"),
-        selection=str(folder / "selection.json"),
-        dtype="float32",
-        learning_rate=LEARNING_RATE,
-        per_device_train_batch_size=BATCH,
-        padding_free=True,
-        warmup_steps=WARMUP_STEPS,
-        max_length=MAX_LENGTH,
-    )
+    config = run_config(folder, "synopsis", learning_rate=LEARNING_RATE, selection=selection)
     return train(config, console=Console(file=StringIO()))
 
 

@@ -87,7 +87,7 @@ def test_yaml_of_a_configuration_reads_back_to_an_equal_one(tmp_path: Path) -> N
         (["--learning_rate", "nan"], "command line: learning_rate must be a number, got 'nan'."),
         (["--learning_rate", "inf"], "command line: learning_rate must be a number, got 'inf'."),
         (["--bf16=maybe"], "command line: bf16 must be true or false, got 'maybe'."),
-        (["--method", "ESFT"], "command line: method must be esft or expert_lora or full or lora, got 'ESFT'."),
+        (["--method", "ESFT"], "command line: method must be esft or expert_lora or meft or full or lora, got 'ESFT'."),
         (["--seed"], "command line: --seed needs a value: a whole number."),
         (["--seed", "--bf16"], "command line: --seed needs a value: a whole number."),
         (

@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-_METHODS = ("metier.methods.esft", "metier.methods.expert_lora")
+_METHODS = ("metier.methods.esft", "metier.methods.expert_lora", "metier.methods.meft")
 
 
 def register_with_peft() -> None:

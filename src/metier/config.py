@@ -30,8 +30,9 @@ class RunConfig:
     output_dir: str
     """The run's folder: configuration, profile, selection, checkpoints, adapter, metrics, report."""
 
-    method: Literal["esft", "expert_lora", "full", "lora"] = "esft"
-    """What is trained: selected experts, a LoRA on selected experts, every parameter, or a LoRA on all experts."""
+    method: Literal["esft", "expert_lora", "meft", "full", "lora"] = "esft"
+    """What is trained: selected experts, a LoRA on selected experts, a wide sparse adapter beside every feed-forward
+    block, every parameter, or a LoRA on all experts."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub."""
     trust_remote_code: bool = False
@@ -73,6 +74,29 @@ class RunConfig:
     """Scale of a LoRA; its change is multiplied by lora_alpha / lora_r."""
     lora_dropout: float = 0.0
     """Dropout of a LoRA's inputs; 0 where it is on all experts."""
+
+    meft_r: int = 1024
+    """Rows of the sparse adapter in each layer."""
+    meft_num_key_experts: int | None = None
+    """Groups that the rows are parted into; near the square root of 8 times `meft_r` where it is not set."""
+    meft_num_active_key_experts: int | None = None
+    """Groups that a token chooses rows among; 8 where it is not set."""
+    meft_top_k: int | None = None
+    """Rows that fire for a token; 64, or as many as there are to choose among, where it is not set."""
+    meft_gate: Literal["logit", "none"] = "logit"
+    """Whether the router's logit multiplies what a row sees, so that the router learns; `none` is the paper's."""
+    meft_semantics: Literal["token", "union"] = "token"
+    """Whether a token uses the rows that it chose, or those that any token of its batch chose, as in the paper."""
+    meft_scaling: float = 1.0
+    """Factor of the sparse adapter's output."""
+    meft_store: Literal["device", "host", "disk"] = "host"
+    """Where the rows and their optimizer state live."""
+    meft_row_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the rows; bfloat16 is trained with stochastic rounding."""
+    meft_state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Number format of the rows' optimizer state."""
+    meft_update: Literal["lazy", "exact"] = "lazy"
+    """Whether rows that a step does not use rest, or catch up on what they missed, as dense AdamW would have it."""
 
     train_shared_experts: bool = False
     """Train the shared experts of every MoE layer too, whole."""
@@ -139,7 +163,7 @@ class RunConfig:
             _require(value is None or value >= 1, name, "be at least 1", value)
         for name in _AT_LEAST_ZERO:
             _require(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
-        for name in ("learning_rate", "num_train_epochs", "lora_alpha", "general_ratio"):
+        for name in ("learning_rate", "num_train_epochs", "lora_alpha", "general_ratio", "meft_scaling"):
             _require(getattr(self, name) > 0, name, "be greater than 0", getattr(self, name))
         for group in _GROUPS:
             rate = getattr(self, f"{group}_learning_rate")
@@ -191,6 +215,10 @@ _AT_LEAST_ONE = (
     "select_top_k",
     "select_budget_bytes",
     "lora_r",
+    "meft_r",
+    "meft_num_key_experts",
+    "meft_num_active_key_experts",
+    "meft_top_k",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "max_steps",

@@ -11,6 +11,7 @@ MetierError
 │   ├── CorruptDeltaError       the files are truncated, altered or not a delta
 │   ├── BaseMismatchError       the delta was trained on another base
 │   └── VerificationError       a delta broke one of the promises that `metier verify` checks
+├── RowStoreError          rows of an adapter cannot be kept, read or trained where they live
 └── RunError               a run cannot start, go on or be resumed
 ```
 
@@ -58,6 +59,10 @@ class BaseMismatchError(DeltaError):
 
 class VerificationError(DeltaError):
     """A delta broke one of the promises that `metier verify` checks."""
+
+
+class RowStoreError(MetierError):
+    """Rows of an adapter cannot be kept, read or trained: a full disk, a missing file, a gradient that is no number."""
 
 
 class RunError(MetierError):

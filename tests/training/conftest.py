@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -12,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from metier.config import RunConfig
+from metier.training.run import train
 from tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -52,6 +57,31 @@ def configure(base: Path, records: Path, tmp_path: Path) -> Callable[..., RunCon
         return RunConfig(model=str(base), dataset=str(records), output_dir=str(tmp_path / name), **values)
 
     return make
+
+
+@pytest.fixture
+def kill_and_resume(configure: Callable[..., RunConfig], console: Console) -> Callable[..., tuple[Path, Path]]:
+    """Folders of a run that went through, and of one that was killed after two checkpoints and resumed."""
+
+    def run(**options: Any) -> tuple[Path, Path]:
+        straight = train(configure("straight", **options), console=console)
+        config = configure("killed", **options)
+        Path(config.output_dir).with_suffix(".yaml").write_text(config.to_yaml())
+        command = [sys.executable, "-m", "metier", "train", str(Path(config.output_dir).with_suffix(".yaml"))]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        checkpoints = Path(config.output_dir) / "checkpoints"
+        deadline = time.monotonic() + 120
+        while len(list(checkpoints.glob("*/complete"))) < 2:
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline, "no checkpoint within two minutes"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (Path(config.output_dir) / "adapter").exists(), "the run was over before it was killed"
+        resumed = train(configure("killed", resume_from_checkpoint="last", **options), console=console)
+        return straight.folder, resumed.folder
+
+    return run
 
 
 @pytest.fixture

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -217,27 +213,13 @@ WHOLE = {"train_shared_experts": True, "train_router": True, "train_attention": 
 
 @pytest.mark.parametrize("method", ["esft", "expert_lora", "lora", "full", "esft and more"])
 def test_a_run_killed_with_sigkill_and_resumed_gives_the_same_bits(
-    method: str, configure: Configure, console: Console
+    method: str, kill_and_resume: Callable[..., tuple[Path, Path]]
 ) -> None:
     more = {**WHOLE, "router_learning_rate": 1e-4, "norms_learning_rate": 3e-3} if "more" in method else {}
     options = {"method": method.split()[0], **more, "max_steps": 30, "save_steps": 2, "gradient_accumulation_steps": 2}
-    straight = train(configure("straight", **options), console=console)
-    config = configure("killed", **options)
-    Path(config.output_dir).with_suffix(".yaml").write_text(config.to_yaml())
-    command = [sys.executable, "-m", "metier", "train", str(Path(config.output_dir).with_suffix(".yaml"))]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoints = Path(config.output_dir) / "checkpoints"
-    deadline = time.monotonic() + 120
-    while len(list(checkpoints.glob("*/complete"))) < 2:
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline, "no checkpoint within two minutes"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (Path(config.output_dir) / "adapter").exists(), "the run was over before it was killed"
-    resumed = train(configure("killed", resume_from_checkpoint="last", **options), console=console)
-    assert same_bits(delta(straight.folder), delta(resumed.folder))
-    steps = [json.loads(line) for line in (resumed.folder / "metrics.jsonl").read_text().splitlines()]
+    straight, resumed = kill_and_resume(**options)
+    assert same_bits(delta(straight), delta(resumed))
+    steps = [json.loads(line) for line in (resumed / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in steps if "loss" in row] == list(range(1, 31))
 
 

@@ -19,20 +19,23 @@ CPU_MOST_ROWS = 512
 """Rows of one product on a CPU in 16 bits. oneDNN makes and keeps a kernel for every shape, so there should be few."""
 
 
-def grouped_matmul(rows_PI: Tensor, weight_GIO: Tensor, bounds: Sequence[int], out_PO: Tensor | None = None) -> Tensor:
+def grouped_matmul(
+    rows_PI: Tensor, weight_GIO: Tensor | Sequence[Tensor], bounds: Sequence[int], out_PO: Tensor | None = None
+) -> Tensor:
     """`rows[bounds[g]:bounds[g+1]] @ weight[g]` for every group, (P, O) in the dtype of the inputs.
 
     Args:
         rows_PI: rows in group order; row 0 is `bounds[0]`.
-        weight_GIO: any strides, so that a transposed view costs nothing.
+        weight_GIO: any strides, so that a transposed view costs nothing; or one weight a group, wherever it lies.
         bounds: G + 1 row numbers, ascending.
         out_PO: where to write the result, if there is a place for it already.
     """
     if rows_PI.is_cuda:
-        product_PO = F.grouped_mm(rows_PI, weight_GIO, offs=_offsets(bounds, rows_PI.device))
+        stacked_GIO = weight_GIO if isinstance(weight_GIO, Tensor) else torch.stack(list(weight_GIO))
+        product_PO = F.grouped_mm(rows_PI, stacked_GIO, offs=_offsets(bounds, rows_PI.device))
         return product_PO if out_PO is None else out_PO.copy_(product_PO)
     if out_PO is None:
-        out_PO = rows_PI.new_empty(rows_PI.shape[0], weight_GIO.shape[2])
+        out_PO = rows_PI.new_empty(rows_PI.shape[0], weight_GIO[0].shape[1])
     most_rows = CPU_MOST_ROWS if rows_PI.dtype.itemsize < 4 else None
     for group, (first, last) in _filled(bounds, most_rows):
         torch.mm(rows_PI[first:last], weight_GIO[group], out=out_PO[first:last])
@@ -49,6 +52,29 @@ def grouped_outer(left_PO: Tensor, right_PI: Tensor, bounds: Sequence[int], out_
         return
     for group, (first, last) in _filled(bounds):
         torch.mm(left_PO[first:last].t(), right_PI[first:last], out=out_GOI[group])
+
+
+def add_grouped_outer(
+    left_PO: Tensor, right_PI: Tensor, bounds: Sequence[int], places_OI: Sequence[Tensor], is_new: Sequence[bool]
+) -> None:
+    """`grouped_outer` into one place a group, each added to what is there, or written over it where that is new.
+
+    Every group has rows.
+    """
+    if left_PO.is_cuda:
+        products_GOI = F.grouped_mm(left_PO.t(), right_PI, offs=_offsets(bounds, left_PO.device))
+        for place, product_OI, new in zip(places_OI, products_GOI, is_new, strict=True):
+            place.copy_(product_OI) if new else place.add_(product_OI)
+        return
+    for group, (first, last) in _filled(bounds):
+        left_OR, right_RI, place = left_PO[first:last].t(), right_PI[first:last], places_OI[group]
+        if place.dtype != left_PO.dtype:
+            product_OI = left_OR @ right_RI
+            place.copy_(product_OI) if is_new[group] else place.add_(product_OI)
+        elif is_new[group]:
+            torch.mm(left_OR, right_RI, out=place)
+        else:
+            torch.addmm(place, left_OR, right_RI, out=place)
 
 
 def grouped_sum(rows_PO: Tensor, bounds: Sequence[int], out_GO: Tensor) -> None:

@@ -42,8 +42,10 @@ class PairOrder:
     """Row at which each virtual expert begins, and the end: V + 1 entries."""
 
     def spread(self, values_TK: Tensor) -> Tensor:
-        """Per-pair values as (P,), 0 in filling rows."""
-        flat = torch.cat([values_TK.reshape(-1), values_TK.new_zeros(1)])
+        """Per-pair values (T, K, …) as (P, …), 0 in filling rows."""
+        flat = values_TK.flatten(0, 1)
+        if len(self.pair_P) > len(flat):
+            flat = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
         return flat[self.pair_P]
 
 

@@ -23,6 +23,7 @@ class MetierPeftType(StrEnum):
 
     ESFT = "ESFT"
     EXPERT_LORA = "EXPERT_LORA"
+    MEFT = "MEFT"
 
 
 def register(peft_type: MetierPeftType, config_class: type[PeftConfig], tuner_class: type[BaseTuner]) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from metier.errors import UnsupportedModelError
 from metier.models.moe import MoELayer, moe_layers
 from metier.models.unwrap import bare_model, base_tensors, original_module, own_tensors
 
@@ -39,6 +40,24 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(json.dumps(_essentials(bare, layers), sort_keys=True).encode())
     for layer in layers:
         for name, tensor in router_tensors(bare, layer):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(_normalised_bytes(tensor))
+    return digest.hexdigest()
+
+
+def fingerprint_of_any(model: nn.Module) -> str:
+    """`fingerprint` where the model has expert layers that metier works on; else one that any model has.
+
+    Without routers it covers every parameter of one axis (the norms' weights, and biases), which a model that was
+    tuned as a whole has moved.
+    """
+    bare = bare_model(model)
+    try:
+        return fingerprint(bare)
+    except UnsupportedModelError:
+        digest = hashlib.sha256(json.dumps(_essentials(bare, []), sort_keys=True).encode())
+    for name, tensor in base_tensors(bare):
+        if tensor.dim() == 1:
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(_normalised_bytes(tensor))
     return digest.hexdigest()

@@ -45,6 +45,11 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
+    def rows(self) -> Path:
+        """Rows of a sparse adapter on disk, while the run goes on."""
+        return self.root / "rows"
+
+    @property
     def adapter(self) -> Path:
         return self.root / "adapter"
 

@@ -1,6 +1,7 @@
 """What a run trains and what it leaves alone, layer by layer, in parameters and bytes; printed before it starts.
 
-A trained parameter costs its master, its gradient and AdamW's two moments; a frozen one its own bytes.
+A trained parameter costs its master, its gradient and AdamW's two moments; a frozen one its own bytes. Rows of a sparse
+adapter have gradients for those that a step uses; here, as for the rest, stands what all of them take.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.table import Table
 from torch import nn
 
+from metier.memory.row_state import state_bytes
+from metier.methods.meft import MeftLayer
 from metier.methods.whole_module import COPIES
 from metier.models.unwrap import base_path
 from metier.routing.selection import ExpertSelection
@@ -31,6 +34,8 @@ class PlanRow:
     num_trained: int
     trained_bytes: int
     num_frozen: int
+    gradient_bytes: int
+    optimizer_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +59,21 @@ class TrainingPlan:
         return sum(row.trained_bytes for row in self.rows)
 
     @property
+    def gradient_bytes(self) -> int:
+        """At most; those of a sparse adapter's rows are in float32, whatever the rows are."""
+        return sum(row.gradient_bytes for row in self.rows)
+
+    @property
     def optimizer_bytes(self) -> int:
-        """AdamW's two moments, in the dtype of the masters."""
-        return 2 * self.trained_bytes
+        """AdamW's two moments."""
+        return sum(row.optimizer_bytes for row in self.rows)
 
     def __rich__(self) -> Table:
         share = self.num_trained / max(1, self.num_trained + self.num_frozen)
         table = Table(
             title=f"{self.method}: {self.num_trained:,} parameters are trained, {share:.1%} of what is loaded; "
-            f"{megabytes(self.trained_bytes)} of masters, as much of gradients, {megabytes(self.optimizer_bytes)} of "
+            f"{megabytes(self.trained_bytes)} of masters, {megabytes(self.gradient_bytes)} of gradients"
+            f"{' at most' if self.method == 'meft' else ''}, {megabytes(self.optimizer_bytes)} of "
             f"AdamW's moments, beside {megabytes(self.base_bytes)} of base",
             title_justify="left",
         )
@@ -83,36 +94,79 @@ class TrainingPlan:
             "num_frozen_parameters": self.num_frozen,
             "base_bytes": self.base_bytes,
             "trained_bytes": self.trained_bytes,
-            "gradient_bytes": self.trained_bytes,
+            "gradient_bytes": self.gradient_bytes,
             "optimizer_bytes": self.optimizer_bytes,
         }
         content = {"method": self.method, "predicted": predicted, "measured": measured}
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def training_plan(model: nn.Module, *, method: str, selection: ExpertSelection | None) -> TrainingPlan:
-    """Count what wants gradients and what does not, per decoder layer."""
-    whole: dict[str, dict[str, None]] = {}
-    counts: dict[str, list[int]] = {}
+def training_plan(
+    model: nn.Module, *, method: str, selection: ExpertSelection | None, row_state_dtype: str = "float32"
+) -> TrainingPlan:
+    """Count what wants gradients and what does not, per decoder layer.
+
+    Args:
+        model: wrapped by the method.
+        method: as in RunConfig.
+        selection: of the methods that have one.
+        row_state_dtype: what the optimizer keeps the moments of a sparse adapter's rows in.
+    """
+    counts: dict[str, _Counts] = {}
     base_bytes = 0
     for name, parameter, is_adapter in _parameters(model):
-        found = _LAYER.search(name)
-        row = counts.setdefault(found.group(1) if found else "other", [0, 0, 0])
+        row = counts.setdefault(_layer_of(name), _Counts())
         if parameter.requires_grad:
             if f".{COPIES}." in name:
-                module = bare_name(name)
-                whole.setdefault(found.group(1) if found else "other", {})[module] = None
-            row[0] += parameter.numel()
-            row[1] += parameter.numel() * parameter.element_size()
+                row.whole[bare_name(name)] = None
+            num_bytes = parameter.numel() * parameter.element_size()
+            row.add(parameter.numel(), num_bytes, gradient_bytes=num_bytes, optimizer_bytes=2 * num_bytes)
         else:
-            row[2] += parameter.numel()
+            row.num_frozen += parameter.numel()
         base_bytes += 0 if is_adapter else parameter.numel() * parameter.element_size()
+    for layer in model.modules():
+        for store in layer.stores.values() if isinstance(layer, MeftLayer) else ():
+            row = counts[_layer_of(f".{layer.path}.")]
+            row.rows = f"{store.num_rows:,} rows in {store.num_blocks} Key-Experts ({store.tier}), and their router"
+            num_numbers = store.rows_NMWD.numel()
+            row.add(
+                num_numbers,
+                store.rows_NMWD.nbytes,
+                gradient_bytes=4 * num_numbers,
+                optimizer_bytes=state_bytes(store, row_state_dtype),
+            )
     order = sorted(counts, key=lambda key: (key == "other", int(key) if key != "other" else 0))
-    rows = tuple(
-        PlanRow(key, _what(key, counts[key][0], method, selection, list(whole.get(key, {}))), *counts[key])
-        for key in order
-    )
-    return TrainingPlan(method, rows, base_bytes)
+    return TrainingPlan(method, tuple(counts[key].row(key, method, selection) for key in order), base_bytes)
+
+
+@dataclass(slots=True)
+class _Counts:
+    """What is counted of one layer."""
+
+    num_trained: int = 0
+    trained_bytes: int = 0
+    num_frozen: int = 0
+    gradient_bytes: int = 0
+    optimizer_bytes: int = 0
+    whole: dict[str, None] = field(default_factory=dict)
+    rows: str = ""
+
+    def add(self, num_trained: int, trained_bytes: int, *, gradient_bytes: int, optimizer_bytes: int) -> None:
+        self.num_trained += num_trained
+        self.trained_bytes += trained_bytes
+        self.gradient_bytes += gradient_bytes
+        self.optimizer_bytes += optimizer_bytes
+
+    def row(self, key: str, method: str, selection: ExpertSelection | None) -> PlanRow:
+        what = self.rows or _what(key, self.num_trained, method, selection, list(self.whole))
+        return PlanRow(
+            key, what, self.num_trained, self.trained_bytes, self.num_frozen, self.gradient_bytes, self.optimizer_bytes
+        )
+
+
+def _layer_of(name: str) -> str:
+    found = _LAYER.search(name)
+    return found.group(1) if found else "other"
 
 
 def megabytes(num_bytes: int) -> str:
@@ -122,7 +176,7 @@ def megabytes(num_bytes: int) -> str:
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
     for name, parameter in model.named_parameters():
         bare = "." + base_path(name)
-        yield bare, parameter, "esft_" in bare or "lora_" in bare or f".{COPIES}." in bare
+        yield bare, parameter, any(mark in bare for mark in ("esft_", "lora_", "meft_", f".{COPIES}."))
 
 
 def bare_name(parameter: str) -> str:

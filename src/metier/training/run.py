@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import warnings
 from collections.abc import Sequence
@@ -24,13 +25,20 @@ from metier.models.encoder_decoder import is_encoder_decoder, refuse_encoder_dec
 from metier.models.load import LoadedModel, load
 from metier.routing.selection import ExpertSelection
 from metier.training.apart import check_records_stay_apart
-from metier.training.callbacks import CountTokens, MetricsLog, ShowProgress, peak_memory_bytes, reset_peak_memory
+from metier.training.callbacks import (
+    CountRows,
+    CountTokens,
+    MetricsLog,
+    ShowProgress,
+    peak_memory_bytes,
+    reset_peak_memory,
+)
 from metier.training.checkpoints import MarkCheckpoints, find_checkpoint
 from metier.training.folder import RunFolder, open_folder
 from metier.training.plan import TrainingPlan, training_plan
 from metier.training.selecting import run_selection, selection_config
 from metier.training.trainer import make_trainer
-from metier.training.wrapping import selects_experts, wrap
+from metier.training.wrapping import meft_config, selects_experts, wrap
 
 WORTH_TELLING = 0.2
 """Share of padding in a batch from which a run says so."""
@@ -69,6 +77,8 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
     if selects_experts(config):
         # what cannot be selected by is refused before anything is loaded
         selection_config(config)
+    if config.method == "meft":
+        meft_config(config)
     folder = open_folder(config)
     checkpoint = None
     if config.resume_from_checkpoint is not None:
@@ -90,8 +100,10 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
         selection = run_selection(loaded.model, loaded.tokenizer, records, config, folder)
     set_seed(config.seed)
     model = wrap(loaded.model, config, selection)
-    plan = training_plan(model, method=config.method, selection=selection)
+    plan = training_plan(model, method=config.method, selection=selection, row_state_dtype=config.meft_state_dtype)
     plan.save(folder.plan)
+    if config.method == "meft":
+        console.print("\n".join(meft_config(config).sizes.reasons()), highlight=False)
     console.print(plan)
     if config.padding_free:
         check_records_stay_apart(model, items.items)
@@ -106,6 +118,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
         eval_items=None if eval_items is None else eval_items.items,
         callbacks=[
             CountTokens(),
+            *([CountRows()] if config.method == "meft" else []),
             MetricsLog(folder.metrics),
             ShowProgress(console, config.method),
             MarkCheckpoints(config.save_total_limit),
@@ -115,6 +128,8 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, peak = time.monotonic() - started, peak_memory_bytes()
     _save(model, loaded.tokenizer, folder)
+    # the adapter has them all
+    shutil.rmtree(folder.rows, ignore_errors=True)
     plan.save(folder.plan, {"train_seconds": seconds, "peak_memory_bytes": peak})
     console.print(f"Trained in {seconds:.0f} s; the delta is {folder.adapter}")
     return RunResult(folder.root, model, loaded.tokenizer, plan, selection, seconds, peak)

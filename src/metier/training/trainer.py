@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.optim import Optimizer
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,6 +29,7 @@ from metier.config import RunConfig
 from metier.data.collate import Collator, PaddingFreeCollator
 from metier.data.encode import Item
 from metier.data.pairs import PairCollator, token_mean_loss
+from metier.memory import RowAdamW
 from metier.models.encoder_decoder import decoder_start_token, is_encoder_decoder
 from metier.training.learning_rates import set_learning_rates
 
@@ -54,6 +56,7 @@ def make_trainer(
         "eval_dataset": None if eval_items is None else _dataset(eval_items),
         "processing_class": tokenizer,
         "callbacks": callbacks,
+        "optimizer_cls_and_kwargs": _row_optimizer(config) if config.method == "meft" else None,
     }
     trainer: Trainer
     if is_encoder_decoder(model):
@@ -91,6 +94,17 @@ def _dataset(items: Sequence[Item]) -> Dataset:
             "origin": [item.origin for item in items],
         }
     )
+
+
+def _row_optimizer(config: RunConfig) -> tuple[type[Optimizer], dict[str, Any]]:
+    """The optimizer of rows in stores, with the numbers that transformers gives AdamW; groups set the weight decay."""
+    options = {
+        "lr": config.learning_rate,
+        "mode": config.meft_update,
+        "state_dtype": config.meft_state_dtype,
+        "seed": config.seed,
+    }
+    return RowAdamW, options
 
 
 def _arguments(config: RunConfig, checkpoints: Path, *, has_eval: bool) -> dict[str, Any]:

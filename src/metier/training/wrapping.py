@@ -1,6 +1,8 @@
-"""Put the configured method on a model: selected experts, a LoRA on them, or a baseline to compare with."""
+"""Put the configured method on a model: selected experts, a LoRA on them, a sparse adapter, or a baseline."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import peft
 from transformers import PreTrainedModel
@@ -9,8 +11,10 @@ from metier.config import RunConfig
 from metier.errors import ConfigError
 from metier.methods.esft import EsftConfig
 from metier.methods.expert_lora import ExpertLoraConfig
+from metier.methods.meft import MeftConfig
 from metier.models.moe import moe_layers
 from metier.routing.selection import ExpertSelection
+from metier.training.folder import RunFolder
 
 
 def wrap(
@@ -27,6 +31,8 @@ def wrap(
         return model.float().requires_grad_(True)
     if config.method == "lora":
         return peft.get_peft_model(model, _lora_on_all_experts(model, config))
+    if config.method == "meft":
+        return peft.get_peft_model(model, meft_config(config))
     assert selection is not None, "a run on selected experts selects before it wraps"
     if config.method == "expert_lora":
         lora = ExpertLoraConfig.from_selection(
@@ -43,6 +49,26 @@ def wrap(
 def selects_experts(config: RunConfig) -> bool:
     """Whether the run's method trains selected experts, so that it needs a selection."""
     return config.method in ("esft", "expert_lora")
+
+
+def meft_config(config: RunConfig) -> MeftConfig:
+    """The sparse adapter that a run trains; rows on disk lie in the run's folder while it runs.
+
+    Raises:
+        ConfigError: its sizes do not fit together.
+    """
+    return MeftConfig(
+        r=config.meft_r,
+        num_key_experts=config.meft_num_key_experts,
+        num_active_key_experts=config.meft_num_active_key_experts,
+        top_k=config.meft_top_k,
+        gate=config.meft_gate,
+        semantics=config.meft_semantics,
+        scaling=config.meft_scaling,
+        store=config.meft_store,
+        store_folder=str(RunFolder(Path(config.output_dir)).rows),
+        row_dtype=config.meft_row_dtype,
+    )
 
 
 def _lora_on_all_experts(model: PreTrainedModel, config: RunConfig) -> peft.LoraConfig:

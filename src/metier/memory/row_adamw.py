@@ -1,0 +1,245 @@
+"""AdamW for models with rows in stores: an ordinary optimizer to a trainer, which updates the rows that a step used.
+
+Ordinary parameters get what `torch.optim.AdamW` gives them. A parameter that stands for the rows of a store (see
+`step_gradients.py`) has gradients of the used blocks only, and its rows are updated where they live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from metier.errors import ConfigError, RowStoreError
+from metier.memory.row_state import STATE_DTYPES, RowState
+from metier.memory.row_update import RowChunks, StepHistory, StepSettings, catch_up, update_rows
+from metier.memory.step_gradients import StepGradients, step_gradients_of
+
+UpdateMode = Literal["lazy", "exact"]
+UPDATE_MODES: tuple[str, ...] = get_args(UpdateMode)
+_SEED_STRIDE = 1 << 20
+
+
+class RowAdamW(Optimizer):
+    """AdamW over ordinary parameters and rows in stores.
+
+    Args:
+        params: parameters or groups, as for any optimizer.
+        lr, betas, eps, weight_decay: AdamW's.
+        mode: "lazy" lets rows rest that a step did not use; "exact" has them catch up on the decay and the momentum
+            that they missed before they are used again, which gives dense AdamW's numbers for more time.
+        state_dtype: how the moments of rows are kept: "float32", "bfloat16" (rounded at random) or "int8".
+        seed: of the random rounding.
+
+    Raises:
+        ConfigError: an unknown mode or dtype, or a number out of range.
+    """
+
+    updates_stores = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        mode: str = "lazy",
+        state_dtype: str = "float32",
+        seed: int = 0,
+    ) -> None:
+        if mode not in UPDATE_MODES:
+            raise ConfigError(f"RowAdamW: mode must be one of {', '.join(UPDATE_MODES)}, got {mode!r}.")
+        if state_dtype not in STATE_DTYPES:
+            raise ConfigError(f"RowAdamW: state_dtype must be one of {', '.join(STATE_DTYPES)}, got {state_dtype!r}.")
+        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ConfigError(
+                f"RowAdamW: lr, eps and weight_decay must be at least 0 and betas in [0, 1), got lr={lr}, "
+                f"eps={eps}, weight_decay={weight_decay}, betas={betas}."
+            )
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.mode, self.state_dtype, self.seed = mode, state_dtype, seed
+        self._rows: dict[int, _TrainedRows] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Take a step.
+
+        Raises:
+            RowStoreError: a gradient is not finite; nothing was updated, and the step can be left out by `zero_grad`.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_finite()
+        for group in self.param_groups:
+            settings = _settings_of(group)
+            ordinary = []
+            for parameter in group["params"]:
+                gradients = step_gradients_of(parameter)
+                if gradients is None:
+                    ordinary.append(parameter)
+                elif parameter.grad is not None:
+                    self._trained(gradients).step(settings)
+            self._step_ordinary([p for p in ordinary if p.grad is not None], settings)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer; the state of rows are the stores' own tensors, every owed update done."""
+        packed: dict[str, Any] = super().state_dict()
+        for index, gradients in self._row_parameters():
+            trained = self._rows.get(id(gradients))
+            if trained is not None:
+                packed["state"][index] = trained.state_dict()
+        return packed
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take on a state; that of rows is copied into their stores.
+
+        Raises:
+            RowStoreError: the state is that of other rows, or was kept in another dtype.
+        """
+        states = dict(state_dict["state"])
+        of_rows = {index: states.pop(index) for index, _ in self._row_parameters() if index in states}
+        super().load_state_dict({**state_dict, "state": states})
+        for index, gradients in self._row_parameters():
+            if index in of_rows:
+                self._trained(gradients).load_state_dict(of_rows[index])
+
+    def _row_parameters(self) -> list[tuple[int, StepGradients]]:
+        """Index in `state_dict` and gradients of each parameter that stands for rows."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        found = [(index, step_gradients_of(parameter)) for index, parameter in enumerate(parameters)]
+        return [(index, gradients) for index, gradients in found if gradients is not None]
+
+    def _trained(self, gradients: StepGradients) -> _TrainedRows:
+        if id(gradients) not in self._rows:
+            seed = self.seed + _SEED_STRIDE * len(self._rows)
+            self._rows[id(gradients)] = _TrainedRows(gradients, self.mode, self.state_dtype, seed)
+        return self._rows[id(gradients)]
+
+    def _check_finite(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None or torch.isfinite(parameter.grad.sum()):
+                    continue
+                if torch.isfinite(parameter.grad).all():  # its sum overflowed
+                    continue
+                gradients = step_gradients_of(parameter)
+                where = f"a parameter of shape {list(parameter.shape)}" if gradients is None else gradients.store.name
+                raise RowStoreError(
+                    f"{where}: got a gradient with values that are not finite; nothing was updated.\n"
+                    "Lower the learning rate, clip gradients, or compute in a wider dtype; the last checkpoint is good."
+                )
+
+    def _step_ordinary(self, parameters: Sequence[nn.Parameter], settings: StepSettings) -> None:
+        if not parameters:
+            return
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            list(parameters),
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            eps=settings.eps,
+            maximize=False,
+        )
+
+
+class _TrainedRows:
+    """One store under training: its state, how many steps there were, and what each was taken with."""
+
+    def __init__(self, gradients: StepGradients, mode: str, state_dtype: str, seed: int) -> None:
+        self.gradients, self.store, self.mode, self.seed = gradients, gradients.store, mode, seed
+        self.state = RowState(self.store, state_dtype)
+        self.history = StepHistory()
+        self.num_updates = 0
+        """Calls so far, each with random numbers of its own."""
+        self._chunks = RowChunks(self.store, self.state)
+        if mode == "exact":
+            self.store.before_use = self.catch_up
+
+    def step(self, settings: StepSettings) -> None:
+        rows_per_block, grad = self.store.rows_per_block, self.gradients.holder.grad
+        assert grad is not None, "rows without a gradient are left out"
+        fired_GM = self.gradients.fired_GM.to(self.store.device)
+        places = fired_GM.flatten().nonzero().squeeze(1)
+        blocks_G = torch.tensor(self.gradients.block_ids, device=self.store.device)
+        row_ids = blocks_G[places // rows_per_block] * rows_per_block + places % rows_per_block
+        grads_GC = grad.to(self.store.device).view(-1, 2 * self.store.hidden_size)
+        update_rows(self._chunks, row_ids, grads_GC, places, settings, self._seed())
+        self.store.meter.num_rows_updated += len(row_ids)
+        if self.mode == "exact":
+            # before this step the rows were up to date, so what counts for them is the number of the step
+            self.history.append(settings)
+
+    def catch_up(self, block_ids: Sequence[int] | None) -> None:
+        """Do the updates that blocks (None: all) are owed."""
+        rows_per_block, device = self.store.rows_per_block, self.store.device
+        if block_ids is None:
+            row_ids = torch.arange(self.store.num_rows, device=device)
+        else:
+            first = torch.tensor(list(block_ids), device=device) * rows_per_block
+            row_ids = (first[:, None] + torch.arange(rows_per_block, device=device)).flatten()
+        catch_up(self._chunks, row_ids, self.history, self._seed())
+
+    def _seed(self) -> int:
+        self.num_updates += 1
+        return self.seed + self.num_updates
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.mode == "exact":
+            self.catch_up(None)
+        settings = [
+            [past.learning_rate, past.weight_decay, past.beta1, past.beta2, past.eps] for past in self.history.settings
+        ]
+        return {
+            **{name: self.store.array(name) for name in self.state.names},
+            "history": torch.tensor(settings, dtype=torch.float64).reshape(-1, 5),
+            "num_updates": torch.tensor(self.num_updates),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        expected = {name: (tuple((a := self.store.array(name)).shape), a.dtype) for name in self.state.names}
+        got = {name: (tuple(state[name].shape), state[name].dtype) for name in expected if name in state}
+        if got != expected or "history" not in state:
+            raise RowStoreError(
+                f"{self.store.name}: got optimizer state {_described(got)}, expected {_described(expected)}; nothing "
+                "was loaded.\nResume with the adapter, mode and state_dtype of the run that it belongs to."
+            )
+        for name in expected:
+            self.store.array(name).copy_(state[name])
+        self.history = StepHistory(StepSettings(*row) for row in state["history"].tolist())
+        self.num_updates = int(state["num_updates"])
+
+
+def _settings_of(group: dict[str, Any]) -> StepSettings:
+    beta1, beta2 = group["betas"]
+    return StepSettings(float(group["lr"]), float(group["weight_decay"]), beta1, beta2, group["eps"])
+
+
+def _described(arrays: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
+    if not arrays:
+        return "of no rows"
+    return ", ".join(f"{n} {list(shape)} {str(t).removeprefix('torch.')}" for n, (shape, t) in arrays.items())

@@ -1,0 +1,200 @@
+"""AdamW over some rows of a store, in chunks that stay in the cache.
+
+A chunk's rows and moments are gathered, updated by torch's fused kernel, and put back: three reads and three writes of
+what is touched, whatever else the store holds.
+
+`lazy_update` leaves all other rows at rest, as torch's SparseAdam does, but with a step count for each row. A row that
+is never touched neither decays nor moves on by its momentum. `catch_up` makes good for that: it takes the steps that a
+row has missed, with a gradient of zero, the learning rates and the decay of their time; then the row is where dense
+AdamW would have it.
+"""
+
+# R rows of a store, S rows of a chunk, C = 2 * hidden_size numbers a row
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from metier.memory.row_state import RowState
+from metier.memory.row_store import RowStore
+from metier.memory.stochastic_rounding import round_stochastically
+
+CHUNK_BYTES = 4 << 20
+"""Of one array in a chunk: measured best on a CPU whose cores share a cache of some tens of MB."""
+
+MOST_MISSED_STEPS = 256
+"""Missed steps that are taken one by one. What momentum is left after them (0.9 to this power is 2e-12) is below what
+float32 can add to a weight; further steps only decay, by a product."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """What one step of AdamW is taken with; the learning rate and the decay may change from step to step."""
+
+    learning_rate: float
+    weight_decay: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
+class StepHistory:
+    """What every step so far was taken with, for rows that have missed some of them."""
+
+    def __init__(self, settings: Iterable[StepSettings] = ()) -> None:
+        self.settings: list[StepSettings] = []
+        self._log_decay = [0.0]
+        for past in settings:
+            self.append(past)
+
+    def __len__(self) -> int:
+        return len(self.settings)
+
+    def append(self, settings: StepSettings) -> None:
+        self.settings.append(settings)
+        self._log_decay.append(self._log_decay[-1] + math.log1p(-settings.learning_rate * settings.weight_decay))
+
+    def decay_since(self, step: int) -> float:
+        """What weight decay alone has left of a weight since it had seen `step` steps."""
+        return math.exp(self._log_decay[-1] - self._log_decay[step])
+
+
+class RowChunks:
+    """Rows of a store and their moments as float32, some at a time, in buffers that are used again."""
+
+    def __init__(self, store: RowStore, state: RowState) -> None:
+        self.store, self.state = store, state
+        columns, device = 2 * store.hidden_size, store.device
+        is_cpu = device.type == "cpu"
+        self.num_rows = min(store.num_rows, max(1, CHUNK_BYTES // (4 * columns)) if is_cpu else 1 << 14)
+        self._buffers = torch.empty(4, self.num_rows, columns, device=device)
+        self._rows_RC = store.rows_NMWD.view(store.num_rows, columns)
+
+    def read(self, row_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows, first and second moments, and a place for gradients, (S, C) each."""
+        rows_SC, first_SC, second_SC, grads_SC = self._buffers[:, : len(row_ids)]
+        if self.store.dtype == torch.float32:
+            torch.index_select(self._rows_RC, 0, row_ids, out=rows_SC)
+        else:
+            rows_SC.copy_(self._rows_RC.index_select(0, row_ids))
+        self.state.read(row_ids, (first_SC, second_SC))
+        return rows_SC, first_SC, second_SC, grads_SC
+
+    def write(self, row_ids: Tensor, generator: torch.Generator) -> None:
+        """Put back what `read` gave and was changed in place."""
+        rows_SC, first_SC, second_SC, _ = self._buffers[:, : len(row_ids)]
+        if self.store.dtype != torch.float32:
+            rows_SC = round_stochastically(rows_SC, generator)
+        self._rows_RC.index_copy_(0, row_ids, rows_SC)
+        self.state.write(row_ids, (first_SC, second_SC), generator)
+
+
+@torch.no_grad()
+def update_rows(
+    chunks: RowChunks, row_ids: Tensor, grads_GC: Tensor, grad_ids: Tensor, settings: StepSettings, seed: int
+) -> None:
+    """One step of AdamW on those rows: each one's count of steps goes up by one, and the rest of the store rests.
+
+    Args:
+        chunks: of the store.
+        row_ids: int64 (S,), each once.
+        grads_GC: gradients, float32, on the store's device.
+        grad_ids: which row of `grads_GC` is whose, (S,).
+        settings: of this step.
+        seed: of the random rounding, where something is kept in bfloat16; another for each step.
+    """
+    steps_R, generator = chunks.state.steps_R, torch.Generator(chunks.store.device).manual_seed(seed)
+    for ids, places, steps in _sorted_chunks(row_ids, grad_ids, steps_R, chunks.num_rows):
+        rows_SC, first_SC, second_SC, grads_SC = chunks.read(ids)
+        torch.index_select(grads_GC, 0, places, out=grads_SC)
+        starts = [0, *(i for i in range(1, len(steps)) if steps[i] != steps[i - 1]), len(steps)]
+        parts = [slice(*bounds) for bounds in pairwise(starts)]
+        now = [steps[part.start] + 1 for part in parts]
+        _fused_adamw([[x[part] for part in parts] for x in (rows_SC, grads_SC, first_SC, second_SC)], now, settings)
+        chunks.write(ids, generator)
+    steps_R.index_add_(0, row_ids, torch.ones_like(row_ids, dtype=steps_R.dtype))
+
+
+@torch.no_grad()
+def catch_up(chunks: RowChunks, row_ids: Tensor, history: StepHistory, seed: int) -> None:
+    """Take the steps that those rows have missed, so that they are where dense AdamW would have them now.
+
+    Args:
+        chunks: of the store.
+        row_ids: int64 (S,), each once.
+        history: every step so far; row `r` has seen the first `steps_R[r]` of them.
+        seed: as of `update_rows`.
+    """
+    steps_R, generator = chunks.state.steps_R, torch.Generator(chunks.store.device).manual_seed(seed)
+    row_ids = row_ids[steps_R[row_ids] < len(history)]
+    for ids, _, steps in _sorted_chunks(row_ids, row_ids, steps_R, chunks.num_rows):
+        rows_SC, first_SC, second_SC, grads_SC = chunks.read(ids)
+        moves = bool(second_SC.any())
+        if not moves and history.decay_since(steps[0]) == 1:
+            continue  # rows that no gradient ever reached, and nothing decays
+        if moves:
+            grads_SC.zero_()
+            for step in range(steps[0] + 1, len(history) + 1):
+                # in the order of their counts, the rows that missed this step and are not left to `_only_decay`
+                part = slice(bisect_left(steps, step - MOST_MISSED_STEPS), bisect_left(steps, step))
+                if part.start < part.stop:
+                    lists = [[x[part]] for x in (rows_SC, grads_SC, first_SC, second_SC)]
+                    _fused_adamw(lists, [step], history.settings[step - 1])
+        _only_decay(rows_SC, first_SC, second_SC, [seen + MOST_MISSED_STEPS * moves for seen in steps], history)
+        chunks.write(ids, generator)
+    steps_R[row_ids] = len(history)
+
+
+def _only_decay(
+    rows_SC: Tensor, first_SC: Tensor, second_SC: Tensor, steps: Sequence[int], history: StepHistory
+) -> None:
+    """What is left of the missed steps after those of `steps`, without the momentum's part."""
+    num_left = [max(0, len(history) - step) for step in steps]
+    if not any(num_left):
+        return
+    last = history.settings[-1]
+
+    def column(values: list[float]) -> Tensor:
+        return rows_SC.new_tensor(values).unsqueeze(1)
+
+    rows_SC.mul_(column([history.decay_since(min(step, len(history))) for step in steps]))
+    first_SC.mul_(column([last.beta1**num for num in num_left]))
+    second_SC.mul_(column([last.beta2**num for num in num_left]))
+
+
+def _sorted_chunks(
+    row_ids: Tensor, companions: Tensor, steps_R: Tensor, num_rows: int
+) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+    """Rows in the order of their step counts, `num_rows` at a time, with their companions and counts."""
+    steps_S, order = steps_R[row_ids].sort(stable=True)
+    ids, places, steps = row_ids[order], companions[order], steps_S.tolist()
+    for first in range(0, len(steps), num_rows):
+        part = slice(first, first + num_rows)
+        yield ids[part], places[part], steps[part]
+
+
+def _fused_adamw(lists: list[list[Tensor]], steps: Sequence[int], settings: StepSettings) -> None:
+    """torch's kernel on lists of rows, gradients, first and second moments; `steps` counts this step too."""
+    rows, grads, first, second = lists
+    torch._fused_adamw_(
+        rows,
+        grads,
+        first,
+        second,
+        [],
+        [torch.tensor(float(step), device=rows[0].device) for step in steps],
+        lr=settings.learning_rate,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        weight_decay=settings.weight_decay,
+        eps=settings.eps,
+        amsgrad=False,
+        maximize=False,
+    )

@@ -1,0 +1,114 @@
+"""The gradients of one optimizer step: of the blocks that the step used, and of no others.
+
+They are the `grad` of a parameter, the *holder*, whose first axis is as long as there are used blocks. So clipping by
+the global norm, gradient scaling and `zero_grad` treat them like any other gradient, and no dense one is ever formed.
+The holder's own values mean nothing and take no memory; `RowAdamW` updates the store instead.
+"""
+
+# G blocks with a gradient, M rows a block, D hidden_size
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from metier.errors import ConfigError
+from metier.memory.row_store import RowStore
+
+_ROOM = 1.25
+"""How much larger than needed a buffer is made when it has to grow."""
+
+
+class StepGradients:
+    """Gradients of a store's blocks since the last step, summed over micro-batches."""
+
+    def __init__(self, store: RowStore) -> None:
+        self.store = store
+        self.block_ids: list[int] = []
+        """Which block each slot of the gradient is."""
+        self._slot: dict[int, int] = {}
+        self._shape = (store.rows_per_block, 2, store.hidden_size)
+        self._buffer = torch.empty(0, *self._shape)
+        self._fired = torch.empty(0, store.rows_per_block, dtype=torch.bool)
+        self.holder = nn.Parameter(torch.zeros(0, *self._shape))
+        self.holder.step_gradients = self  # type: ignore[attr-defined]
+
+    @property
+    def fired_GM(self) -> Tensor:
+        """Which rows had a part in some token's output, bool: the others have a gradient of zero."""
+        return self._fired[: len(self.block_ids)]
+
+    @torch.no_grad()
+    def places(self, block_ids: Sequence[int], device: torch.device) -> tuple[list[Tensor], list[Tensor], list[bool]]:
+        """Where the gradients of these blocks are to be added: for each (M, 2, D), its rows' flags (M,), and whether it
+        is new to the step: then the place holds nothing yet and is to be written over."""
+        if self.holder.grad is None:
+            self.clear()
+        new = [block for block in dict.fromkeys(block_ids) if block not in self._slot]
+        is_new = set(new)
+        for block in new:
+            self._slot[block] = len(self.block_ids)
+            self.block_ids.append(block)
+        num_slots = len(self.block_ids)
+        self._make_room(num_slots, device)
+        if new:
+            self._fired[num_slots - len(new) : num_slots] = False
+        if new or self.holder.grad is None:
+            self._give_to_holder(num_slots)
+        slots = [self._slot[block] for block in block_ids]
+        return [self._buffer[s] for s in slots], [self._fired[s] for s in slots], [b in is_new for b in block_ids]
+
+    def clear(self) -> None:
+        """Forget the step: its gradients were used, or are not wanted."""
+        self.block_ids, self._slot = [], {}
+        self.holder.grad = None
+        self.holder.data = self._buffer.new_zeros(0, *self._shape)
+
+    def _make_room(self, num_slots: int, device: torch.device) -> None:
+        if num_slots <= len(self._buffer) and self._buffer.device == device:
+            return
+        room = min(self.store.num_blocks, max(num_slots, int(len(self._buffer) * _ROOM)))
+        buffer = torch.empty(room, *self._shape, device=device)
+        fired = torch.zeros(room, self.store.rows_per_block, dtype=torch.bool, device=device)
+        if self._buffer.device == device:
+            buffer[: len(self._buffer)] = self._buffer
+            fired[: len(self._fired)] = self._fired
+        self._buffer, self._fired = buffer, fired
+
+    def _give_to_holder(self, num_slots: int) -> None:
+        self.holder.grad = None
+        # one number seen from everywhere: the shape that a gradient needs, without its memory
+        self.holder.data = self._buffer.new_zeros(1).expand(num_slots, *self._shape)
+        self.holder.grad = self._buffer[:num_slots]
+
+
+def refuse_other_optimizers(optimizer: Optimizer, *_: Any) -> None:
+    """A hook before the step of every optimizer: one that knows nothing of stores would leave their rows as they are.
+
+    Raises:
+        ConfigError: the optimizer has a parameter that stands for rows, and cannot update them.
+    """
+    if getattr(optimizer, "updates_stores", False):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradients = step_gradients_of(parameter)
+            if gradients is not None:
+                raise ConfigError(
+                    f"{gradients.store.name}: got {type(optimizer).__name__}, which cannot train rows that lie in a "
+                    "store; nothing was updated.\nUse metier.memory.RowAdamW; with transformers' Trainer: "
+                    "optimizer_cls_and_kwargs=(RowAdamW, {'lr': 1e-4})."
+                )
+
+
+register_optimizer_step_pre_hook(refuse_other_optimizers)
+
+
+def step_gradients_of(parameter: nn.Parameter) -> StepGradients | None:
+    """The step's gradients of rows that a parameter stands for; None for an ordinary parameter."""
+    return getattr(parameter, "step_gradients", None)

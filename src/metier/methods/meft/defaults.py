@@ -1,0 +1,109 @@
+"""A MEFT adapter's sizes from its number of rows alone, each with the reason for it. Plain Python."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from metier.errors import ConfigError
+
+NUM_ACTIVE_KEY_EXPERTS = 8
+"""The published code's `n_probe`."""
+TOP_K = 64
+"""The paper's K."""
+KEY_STD = 0.02
+"""The published code's initial keys are N(0, 0.02)."""
+_FURTHEST = 2.0
+"""How far a number of Key-Experts may be from the best one, as a factor."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeftSizes:
+    """How the rows of one layer are parted and used."""
+
+    r: int
+    num_key_experts: int
+    num_active_key_experts: int
+    top_k: int
+
+    @property
+    def rows_per_key_expert(self) -> int:
+        return self.r // self.num_key_experts
+
+    @property
+    def num_candidates(self) -> int:
+        """Rows among which a token's `top_k` are chosen."""
+        return self.num_active_key_experts * self.rows_per_key_expert
+
+    def reasons(self) -> list[str]:
+        """One line a size, for people."""
+        best = math.sqrt(self.num_active_key_experts * self.r)
+        return [
+            f"num_key_experts {self.num_key_experts}: routing costs least near √({self.num_active_key_experts}·"
+            f"{self.r}) = {best:.0f} Key-Experts, and they are to be of one size, {self.rows_per_key_expert} rows",
+            f"num_active_key_experts {self.num_active_key_experts}: a token chooses among {self.num_candidates} rows",
+            f"top_k {self.top_k}: rows that fire for a token, {self.top_k / self.r:.1%} of all",
+        ]
+
+
+def meft_sizes(
+    r: int, *, num_key_experts: int | None = None, num_active_key_experts: int | None = None, top_k: int | None = None
+) -> MeftSizes:
+    """The sizes that were given, and for the rest those that follow from `r`.
+
+    Raises:
+        ConfigError: a size is out of range, `r` cannot be split, or `top_k` is more than there are candidates.
+    """
+    for name, value in (
+        ("r", r),
+        ("num_key_experts", num_key_experts),
+        ("num_active_key_experts", num_active_key_experts),
+        ("top_k", top_k),
+    ):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}.")
+    num_active = num_active_key_experts or min(NUM_ACTIVE_KEY_EXPERTS, num_key_experts or r)
+    count = num_key_experts or _best_count(r, num_active)
+    if r % count:
+        raise ConfigError(
+            f"r={r} cannot be split into num_key_experts={count} Key-Experts of one size. Take r={r - r % count} or "
+            f"r={r + count - r % count}, or leave num_key_experts out."
+        )
+    if num_active > count:
+        raise ConfigError(f"num_active_key_experts={num_active} is more than num_key_experts={count}; lower it.")
+    candidates = num_active * (r // count)
+    if top_k is not None and top_k > candidates:
+        raise ConfigError(
+            f"top_k={top_k} is more than the {candidates} candidates of a token, which are num_active_key_experts="
+            f"{num_active} times {r // count} rows. Lower top_k, or raise num_active_key_experts."
+        )
+    return MeftSizes(r, count, num_active, top_k or min(TOP_K, candidates))
+
+
+def router_scale(sizes: MeftSizes, hidden_size: int) -> float:
+    """What the mean of a Key-Expert's keys is multiplied by to be its row of the router.
+
+    So that for inputs whose entries have variance 1, as a norm leaves them, the logits of the chosen Key-Experts are 1
+    in the mean, and the adapter begins with the activations of a dense one. (The published code multiplies by 50.)
+    """
+    std = KEY_STD * math.sqrt(hidden_size / sizes.rows_per_key_expert)
+    share = sizes.num_active_key_experts / sizes.num_key_experts
+    if share == 1:
+        return 1 / std
+    normal = NormalDist()
+    # the mean of the largest `share` of normally distributed numbers
+    return 1 / (std * normal.pdf(normal.inv_cdf(1 - share)) / share)
+
+
+def _best_count(r: int, num_active: int) -> int:
+    best = math.sqrt(num_active * r)
+    divisors = [d for d in range(num_active, r + 1) if r % d == 0]
+    nearest = min(divisors, key=lambda d: abs(math.log(d / best)), default=0)
+    if not nearest or max(nearest / best, best / nearest) > _FURTHEST:
+        wanted = max(num_active, round(best))
+        raise ConfigError(
+            f"r={r} cannot be split: routing is cheap near {best:.0f} Key-Experts, and no number near it divides r.\n"
+            f"Take r={max(1, round(r / wanted)) * wanted}, or give num_key_experts."
+        )
+    return nearest

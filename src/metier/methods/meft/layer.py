@@ -1,0 +1,107 @@
+"""One feed-forward block with MEFT adapters beside it: routers as parameters, rows in stores."""
+
+# T tokens, D hidden_size, N Key-Experts, K Key-Experts a token
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metier.errors import DeltaError
+from metier.memory.row_store import RowStore
+from metier.memory.step_gradients import StepGradients
+from metier.methods.meft.config import MeftConfig
+from metier.methods.meft.defaults import KEY_STD, router_scale
+from metier.methods.meft.sparse_rows import chosen_rows, sparse_rows
+
+CANNOT_MERGE = (
+    "a MEFT adapter is a second feed-forward block of its own, which no weights of the base could stand for, so it "
+    "cannot be merged. Serve it beside its base."
+)
+
+
+class MeftLayer(nn.Module, BaseTunerLayer):
+    """Stands in a model for a feed-forward block, which it keeps as `base_layer`, and adds the adapters' outputs.
+
+    An adapter's router is the parameter `meft_router.<adapter>` of shape (N, D). Its rows are no parameters: they lie
+    in `stores[adapter]`, and `meft_gradients.<adapter>` stands for them in an optimizer.
+    """
+
+    adapter_layer_names = ("meft_router", "meft_gradients")
+    other_param_names = ("stores", "configs")
+
+    def __init__(self, base_layer: nn.Module, path: str, hidden_size: int) -> None:
+        super().__init__()
+        self.base_layer, self.path, self.hidden_size = base_layer, path, hidden_size
+        self.meft_router, self.meft_gradients = nn.ParameterDict(), nn.ParameterDict()
+        self.stores: dict[str, RowStore] = {}
+        self.configs: dict[str, MeftConfig] = {}
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter_name: str, config: MeftConfig) -> None:
+        """Add an adapter whose values are 0, so that it changes nothing yet."""
+        sizes = config.sizes
+        folder = None if config.store_folder is None else Path(config.store_folder) / adapter_name
+        store = RowStore(
+            sizes.num_key_experts,
+            sizes.rows_per_key_expert,
+            self.hidden_size,
+            tier=config.store,
+            dtype=getattr(torch, config.row_dtype),
+            folder=folder,
+            name=self.path,
+        )
+        router_ND = torch.empty(sizes.num_key_experts, self.hidden_size)
+        scale = router_scale(sizes, self.hidden_size)
+        for block in range(sizes.num_key_experts):
+            keys_MD = torch.randn(sizes.rows_per_key_expert, self.hidden_size) * KEY_STD
+            store.rows_NMWD[block, :, 0].copy_(keys_MD)
+            router_ND[block] = scale * keys_MD.mean(0)
+        self.stores[adapter_name], self.configs[adapter_name] = store, config
+        device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
+        self.meft_router[adapter_name] = nn.Parameter(router_ND.to(device))
+        self.meft_gradients[adapter_name] = StepGradients(store).holder
+        BaseTunerLayer.set_adapter(self, BaseTunerLayer.active_adapters.fget(self))
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the block that it stands for; where that returns a tuple, the adapters' outputs are added to its first."""
+        out = self.base_layer(hidden, *args, **kwargs)
+        active: list[str] = BaseTunerLayer.active_adapters.fget(self)
+        names = [] if self.disable_adapters else [name for name in active if name in self.stores]
+        if not names:
+            return out
+        hidden_TD = hidden.reshape(-1, self.hidden_size)
+        added_TD = sum((self.added(name, hidden_TD) for name in names[1:]), start=self.added(names[0], hidden_TD))
+        first = out[0] if isinstance(out, tuple) else out
+        total = first + added_TD.view(first.shape).to(first.dtype)
+        return (total, *out[1:]) if isinstance(out, tuple) else total
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def added(self, adapter_name: str, hidden_TD: Tensor) -> Tensor:
+        """What one adapter adds to the block's output, (T, D)."""
+        config, store = self.configs[adapter_name], self.stores[adapter_name]
+        router_ND = self.meft_router[adapter_name]
+        sizes = config.sizes
+        logits_TN = F.linear(hidden_TD, router_ND.to(hidden_TD.dtype))
+        gate_TK, key_experts_TK = logits_TN.topk(sizes.num_active_key_experts, dim=-1)
+        gate: Tensor | None = gate_TK if config.gate == "logit" else None
+        chosen_NM = None
+        if config.semantics == "union":
+            chosen_NM = chosen_rows(hidden_TD, key_experts_TK, gate, store, top_k=sizes.top_k)
+            active_A = chosen_NM.any(1).nonzero().squeeze(1)
+            key_experts_TK = active_A.expand(len(hidden_TD), -1)
+            gate = logits_TN[:, active_A] if config.gate == "logit" else None
+        gradients = self.meft_gradients[adapter_name].step_gradients
+        out_TD = sparse_rows(hidden_TD, key_experts_TK, gate, gradients, top_k=sizes.top_k, chosen_NM=chosen_NM)
+        return out_TD if config.scaling == 1 else out_TD * config.scaling
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise DeltaError(f"{self.path}: {CANNOT_MERGE}")
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""

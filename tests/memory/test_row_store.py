@@ -1,0 +1,104 @@
+"""Stores of rows on every tier: views in place, files that are reserved, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from metier.errors import ConfigError, RowStoreError
+from metier.memory import RowStore
+from metier.memory.mapped_file import create_mapped, open_mapped
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("tier", ["device", "host", "disk"])
+def test_blocks_are_views_of_the_store(tier, tmp_path):
+    store = RowStore(4, 3, 5, tier=tier, folder=tmp_path)
+    (block,) = store.blocks([2], CPU)
+    block.fill_(7)
+    assert store.rows_NMWD[2].eq(7).all()
+    assert store.rows_NMWD[[0, 1, 3]].eq(0).all()
+    assert block.is_contiguous()
+
+
+def test_a_row_is_one_contiguous_piece_of_key_and_value():
+    rows = RowStore(4, 3, 5).rows_NMWD
+    assert rows[1, 2].is_contiguous()
+    assert rows[1, 2, 1].data_ptr() - rows[1, 2, 0].data_ptr() == 5 * 4
+
+
+def test_a_store_on_disk_keeps_its_numbers_in_its_folder(tmp_path):
+    store = RowStore(4, 3, 5, tier="disk", folder=tmp_path / "rows", name="layers.0.mlp")
+    store.load(torch.arange(120.0).view(12, 2, 5))
+    del store
+    path = tmp_path / "rows" / "layers.0.mlp.rows"
+    assert open_mapped(path, (12, 2, 5), torch.float32).flatten().tolist() == list(range(120))
+
+
+def test_a_store_on_disk_without_a_folder_leaves_nothing_behind():
+    store = RowStore(4, 3, 5, tier="disk")
+    folder = Path(store._folder)
+    assert any(folder.iterdir())
+    del store
+    assert not folder.exists()
+
+
+def test_a_full_disk_is_told_before_anything_is_trained(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(RowStoreError, match=r"cannot reserve 480 bytes \(No space left on device\)"):
+        RowStore(4, 3, 5, tier="disk", folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_file_and_one_of_another_store_are_refused(tmp_path):
+    with pytest.raises(RowStoreError, match="there is no such file"):
+        open_mapped(tmp_path / "rows", (4, 3), torch.float32)
+    create_mapped(tmp_path / "rows", (4, 3), torch.float32)
+    with pytest.raises(RowStoreError, match=r"holds 48 bytes, expected 80 for float32 \[4, 5\]"):
+        open_mapped(tmp_path / "rows", (4, 5), torch.float32)
+
+
+def test_rows_of_another_shape_are_refused_and_nothing_is_loaded():
+    store = RowStore(4, 3, 5)
+    with pytest.raises(RowStoreError, match=r"shape \[12, 2, 6\], expected \[12, 2, 5\]"):
+        store.load(torch.ones(12, 2, 6))
+    assert not store.rows_NMWD.any()
+
+
+@pytest.mark.parametrize("options", [{"tier": "cloud"}, {"dtype": torch.float16}])
+def test_an_unknown_tier_or_dtype_is_refused(options):
+    with pytest.raises(ConfigError, match="must be"):
+        RowStore(4, 3, 5, **options)
+
+
+def test_reading_ahead_is_harmless_on_every_tier(tmp_path):
+    for tier in ("device", "host", "disk"):
+        store = RowStore(4, 3, 500, tier=tier, folder=tmp_path / tier)
+        store.rows_NMWD.fill_(3)
+        store.read_ahead([0, 3])
+        assert store.rows_NMWD.eq(3).all()
+
+
+def test_saving_has_owed_updates_done_first():
+    store, asked = RowStore(2, 1, 3), []
+    store.before_use = asked.append
+    store.blocks([1], CPU)
+    store.saved()
+    assert asked == [[1], None]
+
+
+def test_the_meter_counts_and_begins_again():
+    store = RowStore(4, 3, 5)
+    store.meter.used([1, 3], [10, 2])
+    store.meter.used([1], [5])
+    taken = store.meter.take()
+    assert (taken.num_blocks_used, taken.tokens_by_block) == (3, [0, 15, 0, 2])
+    assert store.meter.tokens_by_block == [0, 0, 0, 0]

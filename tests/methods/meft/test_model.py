@@ -1,0 +1,274 @@
+"""MEFT through PEFT: on dense and MoE decoders, saved and loaded, beside a dense adapter, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen3Config
+
+from metier.errors import BaseMismatchError, ConfigError, CorruptDeltaError, DeltaError, UnsupportedModelError
+from metier.memory import RowAdamW
+from metier.methods.meft import MeftConfig, MeftLayer
+from tiny_models import tiny_model
+
+DENSE = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config, "gemma": GemmaConfig}
+MOE = ("deepseek_v2", "mixtral", "gpt_oss", "qwen3_moe")
+
+
+def dense_model(kind: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32):
+    torch.manual_seed(seed)
+    config = DENSE[kind](
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def any_model(kind: str):
+    return dense_model(kind) if kind in DENSE else tiny_model(kind).eval()
+
+
+def tokens(seed: int = 0):
+    return torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(seed))
+
+
+def trained(model, steps: int = 3, *, config: MeftConfig | None = None, **options):
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(model, config or MeftConfig(r=64, num_active_key_experts=4, top_k=8))
+    optimizer = RowAdamW(wrapped.parameters(), lr=3e-2, **options)
+    for step in range(steps):
+        wrapped(input_ids=tokens(step), labels=tokens(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return wrapped.eval()
+
+
+def layers(model) -> list[MeftLayer]:
+    return [module for module in model.modules() if isinstance(module, MeftLayer)]
+
+
+@pytest.mark.parametrize("kind", [*DENSE, *MOE])
+def test_an_adapter_changes_nothing_at_first_then_trains_and_leaves_the_base_alone(kind):
+    model = any_model(kind)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    logits = model(tokens()).logits
+    wrapped = peft.get_peft_model(model, MeftConfig(r=64, num_active_key_experts=4, top_k=8))
+    assert torch.equal(wrapped(tokens()).logits, logits)
+    assert len(layers(wrapped)) == model.config.num_hidden_layers
+    optimizer = RowAdamW(wrapped.parameters(), lr=1e-2, weight_decay=0.1)
+    losses = []
+    for _ in range(8):
+        losses.append(wrapped(input_ids=tokens(), labels=tokens()).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.05
+    base = {n.replace(".base_layer", ""): p for n, p in wrapped.get_base_model().named_parameters() if "meft_" not in n}
+    assert all(torch.equal(base[name], tensor) for name, tensor in before.items())
+    with wrapped.disable_adapter():
+        assert torch.equal(wrapped(tokens()).logits, logits)
+
+
+class ParallelAdapter(nn.Module):
+    """The dense adapter that MEFT is sparse of: FFN(h) + ReLU(h A) B."""
+
+    def __init__(self, block, keys_RD, values_RD):
+        super().__init__()
+        self.block, self.keys, self.values = block, nn.Parameter(keys_RD), nn.Parameter(values_RD)
+
+    def forward(self, hidden):
+        return self.block(hidden) + (hidden @ self.keys.T).relu() @ self.values
+
+
+def test_with_all_rows_and_no_gate_it_is_the_dense_parallel_adapter():
+    sizes = {"r": 24, "num_key_experts": 4, "num_active_key_experts": 4, "top_k": 24, "gate": "none"}
+    sparse, dense = trained(dense_model(), config=MeftConfig(**sizes)), dense_model()
+    for layer, block in zip(layers(sparse), dense.model.layers, strict=True):
+        rows = layer.stores["default"].saved().clone()
+        block.mlp = ParallelAdapter(block.mlp, rows[:, 0].contiguous(), rows[:, 1].contiguous())
+    torch.testing.assert_close(sparse(tokens()).logits, dense(tokens()).logits, rtol=1e-5, atol=1e-5)
+
+    sparse(input_ids=tokens(), labels=tokens()).loss.backward()
+    dense(input_ids=tokens(), labels=tokens()).loss.backward()
+    for layer, block in zip(layers(sparse), dense.model.layers, strict=True):
+        gradients = layer.meft_gradients["default"].step_gradients
+        order = torch.tensor(gradients.block_ids).argsort()
+        got = gradients.holder.grad[order].flatten(0, 1)
+        torch.testing.assert_close(got[:, 0], block.mlp.keys.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(got[:, 1], block.mlp.values.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_router_learns_with_a_gate_and_rests_without_one():
+    for gate, moves in (("logit", True), ("none", False)):
+        config = MeftConfig(r=64, num_active_key_experts=4, top_k=8, gate=gate)
+        before = layers(trained(dense_model(), steps=0, config=config))[0].meft_router["default"]
+        after = layers(trained(dense_model(), config=config))[0].meft_router["default"]
+        assert torch.equal(before, after) != moves
+
+
+def test_a_batch_of_any_size_answers_alike():
+    wrapped = trained(dense_model())
+    together = wrapped(tokens()).logits
+    for row in range(2):
+        torch.testing.assert_close(wrapped(tokens()[row : row + 1]).logits, together[row : row + 1])
+
+
+def test_the_union_of_a_batch_depends_on_it():
+    config = MeftConfig(r=64, num_active_key_experts=2, top_k=4, semantics="union")
+    wrapped = trained(dense_model(), config=config)
+    together = wrapped(tokens()).logits
+    assert not torch.allclose(wrapped(tokens()[:1]).logits, together[:1], atol=1e-4)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    found = []
+    for checkpointing in (False, True):
+        model = dense_model().train()
+        torch.manual_seed(0)
+        wrapped = peft.get_peft_model(model, MeftConfig(r=64, num_active_key_experts=4, top_k=8))
+        for layer in layers(wrapped):
+            layer.stores["default"].rows_NMWD.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        wrapped(input_ids=tokens(), labels=tokens()).loss.backward()
+        found.append([p.grad for p in wrapped.parameters() if p.grad is not None])
+    assert len(found[0]) == 4
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+_FRESH = """
+import sys, torch, metier, peft
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model = peft.PeftModel.from_pretrained(base, sys.argv[2]).eval()
+torch.save(model(torch.load(sys.argv[3])).logits.detach(), sys.argv[4])
+"""
+
+
+def test_a_saved_adapter_gives_the_same_logits_in_a_fresh_process(tmp_path):
+    model = dense_model()
+    model.save_pretrained(tmp_path / "base")
+    wrapped = trained(model)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    torch.save(tokens(), tmp_path / "tokens")
+    arguments = [str(tmp_path / name) for name in ("base", "adapter", "tokens", "logits")]
+    subprocess.run([sys.executable, "-c", _FRESH, *arguments], check=True)
+    assert torch.equal(torch.load(tmp_path / "logits"), wrapped(tokens()).logits)
+
+
+@pytest.mark.parametrize("store", ["host", "disk"])
+def test_rows_on_the_host_and_on_disk_give_the_same_bits(store, tmp_path):
+    on_device = trained(dense_model(), weight_decay=0.1)
+    config = MeftConfig(r=64, num_active_key_experts=4, top_k=8, store=store, store_folder=str(tmp_path / "rows"))
+    elsewhere = trained(dense_model(), config=config, weight_decay=0.1)
+    assert torch.equal(elsewhere(tokens()).logits, on_device(tokens()).logits)
+    assert (tmp_path / "rows").exists() == (store == "disk")
+    elsewhere.save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["store_folder"] is None
+    again = peft.PeftModel.from_pretrained(dense_model(), tmp_path / "adapter").eval()
+    assert torch.equal(again(tokens()).logits, on_device(tokens()).logits)
+
+
+def test_another_base_is_refused(tmp_path):
+    trained(dense_model()).save_pretrained(tmp_path)
+    other = dense_model()
+    other.model.norm.weight.data.mul_(2)
+    with pytest.raises(BaseMismatchError, match="Load the base that it was trained on"):
+        peft.PeftModel.from_pretrained(other, tmp_path)
+
+
+@pytest.mark.parametrize("breakage", ["missing", "foreign", "shape", "router"])
+def test_a_file_that_does_not_fit_is_refused_before_anything_is_loaded(breakage, tmp_path):
+    wrapped = trained(dense_model())
+    wrapped.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    state = load_file(path)
+    name = "base_model.model.model.layers.1.mlp.meft_rows"
+    if breakage == "missing":
+        del state[name]
+    elif breakage == "foreign":
+        state["base_model.model.model.layers.7.mlp.meft_rows"] = state[name].clone()
+    elif breakage == "shape":
+        state[name] = state[name][:-1].contiguous()
+    else:
+        del state["base_model.model.model.layers.0.mlp.meft_router"]
+    save_file(state, path)
+    fresh = trained(dense_model(), steps=1)
+    before = fresh(tokens()).logits
+    with pytest.raises(CorruptDeltaError, match="nothing was loaded"):
+        fresh.load_adapter(str(tmp_path), "default")
+    assert torch.equal(fresh(tokens()).logits, before)
+
+
+@pytest.mark.parametrize("verb", ["merge_adapter", "merge_and_unload"])
+def test_merging_is_refused_by_name(verb):
+    wrapped = trained(dense_model(), steps=1)
+    with pytest.raises(DeltaError, match="cannot be merged"):
+        getattr(wrapped, verb)()
+
+
+def test_unloading_gives_the_base_back():
+    model = dense_model()
+    logits = model(tokens()).logits
+    assert torch.equal(trained(model).unload()(tokens()).logits, logits)
+
+
+def test_two_adapters_and_deleting_one():
+    wrapped = trained(dense_model())
+    first = wrapped(tokens()).logits
+    wrapped.add_adapter("second", MeftConfig(r=32, num_active_key_experts=4, top_k=8))
+    assert torch.equal(wrapped(tokens()).logits, first)
+    wrapped.set_adapter("second")
+    assert not torch.equal(wrapped(tokens()).logits, first)
+    wrapped.set_adapter("default")
+    wrapped.delete_adapter("second")
+    assert all(list(layer.stores) == ["default"] for layer in layers(wrapped))
+    assert torch.equal(wrapped(tokens()).logits, first)
+
+
+def test_only_the_active_adapter_trains():
+    wrapped = trained(dense_model())
+    wrapped.add_adapter("second", MeftConfig(r=32, num_active_key_experts=4, top_k=8))
+    wrapped.base_model.set_adapter(["default", "second"], inference_mode=True)
+    loss = wrapped(input_ids=tokens(), labels=tokens()).loss
+    assert not loss.requires_grad
+
+
+def test_mixing_adapters_in_a_batch_is_refused():
+    with pytest.raises(ConfigError, match="one adapter at a time"):
+        trained(dense_model())(tokens(), adapter_names=["default", "__base__"])
+
+
+def test_a_model_without_feed_forward_blocks_is_refused():
+    model = dense_model()
+    for layer in model.model.layers:
+        layer.other, layer.mlp = layer.mlp, None
+        del layer.mlp
+    with pytest.raises(UnsupportedModelError, match="target_modules"):
+        peft.get_peft_model(model, MeftConfig(r=64))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, "r must be at least 1"),
+        ({"r": 97}, "r=97 cannot be split"),
+        ({"r": 64, "num_key_experts": 7}, "r=63 or r=70"),
+        ({"r": 64, "num_key_experts": 4, "num_active_key_experts": 5}, "more than num_key_experts=4"),
+        ({"r": 64, "num_key_experts": 16, "num_active_key_experts": 2, "top_k": 9}, "8 candidates"),
+        ({"r": 64, "gate": "softmax"}, "gate must be logit or none, got 'softmax'"),
+        ({"r": 64, "semantics": "batch"}, "semantics must be"),
+        ({"r": 64, "store": "tape"}, "store must be device or host or disk"),
+        ({"r": 64, "scaling": 0.0}, "scaling must be greater than 0"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        MeftConfig(**options)

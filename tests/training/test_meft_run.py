@@ -1,0 +1,128 @@
+"""Runs of the method meft: on a dense and an MoE base, in every tier, killed and resumed, and in other trainers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from metier.config import RunConfig
+from metier.errors import ConfigError
+from metier.memory import RowAdamW
+from metier.methods.meft import MeftConfig
+from metier.training.run import train
+from tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
+
+Configure = Callable[..., RunConfig]
+MEFT = {"method": "meft", "meft_r": 64, "meft_num_active_key_experts": 4, "meft_top_k": 8}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def dense_base(folder: Path) -> Path:
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+def test_a_run_says_what_it_trains_moves_rows_and_counts_them(
+    kind: str, configure: Configure, console: Console, base: Path, tmp_path: Path
+) -> None:
+    if kind == "dense":
+        dense_base(base)
+    result = train(configure(**MEFT), console=console)
+    told = console.file.getvalue()
+    assert "num_key_experts 16: routing costs least near" in told
+    assert "64 rows in 16 Key-Experts (host), and their router" in told
+    num_layers = 2 if kind == "dense" else 3
+    plan = json.loads((result.folder / "plan.json").read_text())["predicted"]
+    assert plan["num_trained_parameters"] == num_layers * (64 * 2 + 16) * 32
+    assert plan["optimizer_bytes"] == num_layers * ((64 * 2 + 16) * 32 * 8 + 64 * 4)
+    rows = {name: tensor for name, tensor in tensors(result.folder).items() if name.endswith("meft_rows")}
+    assert len(rows) == num_layers
+    assert all(tensor[:, 1].any() for tensor in rows.values())
+    logged = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < row["rows_updated"] <= num_layers * 64 for row in logged if "loss" in row)
+    assert all(row["key_expert_load_max"] >= 1 for row in logged if "loss" in row)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"meft_store": "device"},
+        {"meft_store": "host", "meft_update": "exact"},
+        {"meft_store": "disk", "meft_update": "exact", "meft_state_dtype": "int8", "meft_row_dtype": "bfloat16"},
+    ],
+    ids=["device", "host", "disk"],
+)
+def test_a_run_killed_with_sigkill_and_resumed_gives_the_same_bits(
+    options: dict[str, str], kill_and_resume: Callable[..., tuple[Path, Path]]
+) -> None:
+    straight, resumed = kill_and_resume(**MEFT, **options, max_steps=30, save_steps=2, gradient_accumulation_steps=2)
+    one, other = tensors(straight), tensors(resumed)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not (resumed / "rows").exists()
+
+
+def test_the_tiers_give_the_same_bits(configure: Configure, console: Console) -> None:
+    found = [
+        tensors(train(configure(tier, **MEFT, meft_store=tier), console=console).folder)
+        for tier in ("device", "host", "disk")
+    ]
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
+
+
+def test_sizes_that_do_not_fit_are_refused_before_anything_is_loaded(configure: Configure, console: Console) -> None:
+    with pytest.raises(ConfigError, match="97 cannot be split"):
+        train(configure(method="meft", meft_r=97), console=console)
+    assert console.file.getvalue() == ""
+
+
+def trainer_of(model: peft.PeftModel, folder: Path, **options: object) -> Trainer:
+    tokenizer = tiny_tokenizer()
+    return Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder), max_steps=4, learning_rate=1e-2, report_to="none", save_steps=2, use_cpu=True
+        ),
+        train_dataset=Dataset.from_list([tokenizer(f"record {n} of a few") for n in range(12)]),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        **options,
+    )
+
+
+def wrapped() -> peft.PeftModel:
+    torch.manual_seed(0)
+    return peft.get_peft_model(tiny_model("deepseek_v2"), MeftConfig(r=64, num_active_key_experts=4, top_k=8))
+
+
+def test_transformers_trainer_trains_saves_and_resumes_it(tmp_path: Path) -> None:
+    model = wrapped()
+    options = {"optimizer_cls_and_kwargs": (RowAdamW, {"lr": 1e-2})}
+    trainer_of(model, tmp_path, **options).train()
+    resumed = wrapped()
+    trainer_of(resumed, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    state = [m.base_model.model.model.layers[1].mlp.stores["default"].rows_NMWD for m in (model, resumed)]
+    assert state[0][:, :, 1].any()
+    assert torch.equal(*state)
+
+
+def test_an_optimizer_that_knows_no_stores_is_refused_with_the_one_that_does(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="optimizer_cls_and_kwargs=\\(RowAdamW"):
+        trainer_of(wrapped(), tmp_path).train()
