@@ -91,6 +91,8 @@ class RunConfig:
     """Factor of the sparse adapter's output."""
     meft_store: Literal["device", "host", "disk"] = "host"
     """Where the rows and their optimizer state live."""
+    meft_cache_bytes: int = 0
+    """Device memory for the rows that most steps use, where the store is elsewhere; they are updated there."""
     meft_row_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the rows; bfloat16 is trained with stochastic rounding."""
     meft_state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
@@ -227,7 +229,7 @@ _AT_LEAST_ONE = (
     "save_steps",
     "save_total_limit",
 )
-_AT_LEAST_ZERO = ("lora_dropout", "warmup_steps", "weight_decay", "max_grad_norm", "seed")
+_AT_LEAST_ZERO = ("lora_dropout", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "meft_cache_bytes")
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 _NONE = ("none", "null", "~")

@@ -108,6 +108,23 @@ def test_a_long_rest_is_caught_up(num_missed, weight_decay):
     torch.testing.assert_close(saved, parameter.detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+def test_a_long_rest_decays_once_whatever_the_state_is_kept_in(state_dtype):
+    parameter, dense = dense_adamw(rows(), lr=1e-2, weight_decay=0.5)
+    gradients = store_of(rows())
+    sparse = RowAdamW([gradients.holder], lr=1e-2, weight_decay=0.5, mode="exact", state_dtype=state_dtype)
+    for step in range(100):
+        blocks = [0, 1] if step == 0 else [2]
+        parameter.grad = sparse_gradient(blocks, step)
+        give(gradients, parameter.grad, blocks)
+        dense.step()
+        sparse.step()
+        sparse.zero_grad()
+    saved, rested = gradients.store.saved().view(N, M, 2, D), [0, 1, 3, 4]
+    # a first step is as large as its sign, so moments of 8 bits change it by some percent of lr, ten times over
+    torch.testing.assert_close(saved[rested], parameter.detach()[rested], rtol=1e-2, atol=1e-2)
+
+
 def test_lazy_updates_leave_other_rows_at_rest_and_count_for_each_row():
     gradients = store_of(rows())
     sparse = RowAdamW([gradients.holder], lr=1e-2, weight_decay=0.1)

@@ -6,7 +6,7 @@ Ordinary parameters get what `torch.optim.AdamW` gives them. A parameter that st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from metier.errors import ConfigError, RowStoreError
-from metier.memory.row_state import STATE_DTYPES, RowState
+from metier.memory.row_state import STATE_DTYPES, RowBank, add_state
 from metier.memory.row_update import RowChunks, StepHistory, StepSettings, catch_up, update_rows
 from metier.memory.step_gradients import StepGradients, step_gradients_of
 
@@ -172,66 +172,89 @@ class _TrainedRows:
 
     def __init__(self, gradients: StepGradients, mode: str, state_dtype: str, seed: int) -> None:
         self.gradients, self.store, self.mode, self.seed = gradients, gradients.store, mode, seed
-        self.state = RowState(self.store, state_dtype)
+        self.state_dtype, self.state_names = state_dtype, add_state(self.store, state_dtype)
         self.history = StepHistory()
         self.num_updates = 0
         """Calls so far, each with random numbers of its own."""
-        self._chunks = RowChunks(self.store, self.state)
+        self._chunks: dict[torch.device | None, RowChunks] = {}
         if mode == "exact":
             self.store.before_use = self.catch_up
 
     def step(self, settings: StepSettings) -> None:
-        rows_per_block, grad = self.store.rows_per_block, self.gradients.holder.grad
+        grad, block_ids = self.gradients.holder.grad, self.gradients.block_ids
         assert grad is not None, "rows without a gradient are left out"
-        fired_GM = self.gradients.fired_GM.to(self.store.device)
-        places = fired_GM.flatten().nonzero().squeeze(1)
-        blocks_G = torch.tensor(self.gradients.block_ids, device=self.store.device)
-        row_ids = blocks_G[places // rows_per_block] * rows_per_block + places % rows_per_block
-        grads_GC = grad.to(self.store.device).view(-1, 2 * self.store.hidden_size)
-        update_rows(self._chunks, row_ids, grads_GC, places, settings, self._seed())
-        self.store.meter.num_rows_updated += len(row_ids)
+        for bank, slots, places in self._where(block_ids):
+            part = slice(None) if len(slots) == len(block_ids) else slots
+            fired = self.gradients.fired_GM[part]
+            grads = grad[part].flatten(0, 1).flatten(1)
+            if grads.device != bank.device or self.store.is_remote:
+                self.store.meter.bytes_from_device += grads.nbytes if bank is self.store else 0
+                fired, grads = fired.to(bank.device), grads.to(bank.device)
+            fired_rows = fired.flatten().nonzero().squeeze(1)
+            row_ids = self._row_ids(places, bank)[fired_rows]
+            update_rows(self._chunks_of(bank), row_ids, grads, fired_rows, settings, self._seed())
+            self.store.meter.num_rows_updated += len(row_ids)
         if self.mode == "exact":
             # before this step the rows were up to date, so what counts for them is the number of the step
             self.history.append(settings)
+        self.store.end_step(block_ids)
 
     def catch_up(self, block_ids: Sequence[int] | None) -> None:
         """Do the updates that blocks (None: all) are owed."""
-        rows_per_block, device = self.store.rows_per_block, self.store.device
-        if block_ids is None:
-            row_ids = torch.arange(self.store.num_rows, device=device)
-        else:
-            first = torch.tensor(list(block_ids), device=device) * rows_per_block
-            row_ids = (first[:, None] + torch.arange(rows_per_block, device=device)).flatten()
-        catch_up(self._chunks, row_ids, self.history, self._seed())
-
-    def _seed(self) -> int:
-        self.num_updates += 1
-        return self.seed + self.num_updates
+        for bank, _, places in self._where(list(range(self.store.num_blocks) if block_ids is None else block_ids)):
+            catch_up(self._chunks_of(bank), self._row_ids(places, bank), self.history, self._seed())
 
     def state_dict(self) -> dict[str, Any]:
         if self.mode == "exact":
             self.catch_up(None)
+        self.store.write_back()
         settings = [
             [past.learning_rate, past.weight_decay, past.beta1, past.beta2, past.eps] for past in self.history.settings
         ]
         return {
-            **{name: self.store.array(name) for name in self.state.names},
+            **{name: self.store.array(name) for name in self.state_names},
             "history": torch.tensor(settings, dtype=torch.float64).reshape(-1, 5),
             "num_updates": torch.tensor(self.num_updates),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        expected = {name: (tuple((a := self.store.array(name)).shape), a.dtype) for name in self.state.names}
+        expected = {name: (tuple((a := self.store.array(name)).shape), a.dtype) for name in self.state_names}
         got = {name: (tuple(state[name].shape), state[name].dtype) for name in expected if name in state}
         if got != expected or "history" not in state:
             raise RowStoreError(
                 f"{self.store.name}: got optimizer state {_described(got)}, expected {_described(expected)}; nothing "
                 "was loaded.\nResume with the adapter, mode and state_dtype of the run that it belongs to."
             )
+        # rows are loaded before: what is on a device is older than the state
+        self.store.forget_copies()
         for name in expected:
             self.store.array(name).copy_(state[name])
         self.history = StepHistory(StepSettings(*row) for row in state["history"].tolist())
         self.num_updates = int(state["num_updates"])
+
+    def _where(self, block_ids: Sequence[int]) -> Iterator[tuple[RowBank, list[int], list[int]]]:
+        """Banks that the blocks are in; for each which of `block_ids` those are, and their places in the bank."""
+        hot = {} if self.store.on_device is None else self.store.on_device.slots
+        slots = [i for i, block in enumerate(block_ids) if block not in hot]
+        if slots:
+            yield self.store, slots, [block_ids[i] for i in slots]
+        if self.store.on_device is not None and len(slots) < len(block_ids):
+            slots = [i for i, block in enumerate(block_ids) if block in hot]
+            yield self.store.on_device, slots, [hot[block_ids[i]] for i in slots]
+
+    def _row_ids(self, places: Sequence[int], bank: RowBank) -> Tensor:
+        first = torch.tensor(places, device=bank.device) * self.store.rows_per_block
+        return (first[:, None] + torch.arange(self.store.rows_per_block, device=bank.device)).flatten()
+
+    def _chunks_of(self, bank: RowBank) -> RowChunks:
+        key = None if bank is self.store else bank.device
+        if key not in self._chunks or self._chunks[key].bank is not bank:
+            self._chunks[key] = RowChunks(bank, self.state_dtype)
+        return self._chunks[key]
+
+    def _seed(self) -> int:
+        self.num_updates += 1
+        return self.seed + self.num_updates
 
 
 def _settings_of(group: dict[str, Any]) -> StepSettings:

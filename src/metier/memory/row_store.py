@@ -5,7 +5,7 @@ are always used together are a block, one contiguous piece too. An optimizer kee
 on the same tier, and writes rows in place.
 
 Where the device that computes can address the store (one on the device itself, and on a CPU every store), blocks are
-views and nothing is copied. Elsewhere they are staged: see `staging.py`.
+views and nothing is copied. Elsewhere they are fetched, and some kept: see `device_rows.py`.
 """
 
 # N blocks, M rows a block, D hidden_size, A blocks that are asked for
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from metier.errors import ConfigError, RowStoreError
+from metier.memory.device_rows import DeviceRows
 from metier.memory.mapped_file import create_mapped, read_ahead
 from metier.memory.meter import Meter
 
@@ -37,6 +38,8 @@ class RowStore:
         dtype: float32, or bfloat16 to be trained with stochastic rounding.
         folder: where a store on disk puts its files; without it, a temporary one that goes with the store.
         name: of the store, in file names and messages.
+        cache_bytes: on a device that cannot address the store, for blocks that are kept across steps.
+        is_remote: treat every device as one that cannot address the store, the CPU too: to measure what would move.
 
     Raises:
         ConfigError: an unknown tier or dtype.
@@ -53,6 +56,8 @@ class RowStore:
         dtype: torch.dtype = torch.float32,
         folder: str | Path | None = None,
         name: str = "rows",
+        cache_bytes: int = 0,
+        is_remote: bool = False,
     ) -> None:
         if tier not in TIERS:
             raise ConfigError(f"{name}: tier must be one of {', '.join(TIERS)}, got {tier!r}.")
@@ -60,18 +65,22 @@ class RowStore:
             raise ConfigError(f"{name}: rows must be torch.float32 or torch.bfloat16, got {dtype}.")
         self.tier, self.name, self.dtype = tier, name, dtype
         self.num_blocks, self.rows_per_block, self.hidden_size = num_blocks, rows_per_block, hidden_size
+        self.cache_bytes, self.is_remote = cache_bytes, is_remote
         self.meter = Meter(num_blocks)
+        self.on_device: DeviceRows | None = None
+        """What of the store is on the device that computes, where that cannot address the store."""
         self.before_use: Callable[[Sequence[int] | None], None] | None = None
         """Called with the blocks that are about to be read (None: all), by an optimizer that owes them updates."""
         self._temporary = tempfile.TemporaryDirectory(prefix="metier-") if tier == "disk" and folder is None else None
         self._folder = Path(self._temporary.name) if self._temporary else Path(folder or ".")
-        self._arrays: dict[str, Tensor] = {}
-        self.add_array("rows", (num_blocks, rows_per_block, 2, hidden_size), dtype)
+        self.arrays: dict[str, Tensor] = {}
+        """The rows, and what an optimizer keeps beside them; the first axis of each counts rows."""
+        self.add_array("rows", (self.num_rows, 2, hidden_size), dtype)
 
     @property
     def rows_NMWD(self) -> Tensor:
-        """All rows; what is written into them is the store's."""
-        return self._arrays["rows"]
+        """All rows where the store is; what is written into them is the store's."""
+        return self.arrays["rows"].view(self.num_blocks, self.rows_per_block, 2, self.hidden_size)
 
     @property
     def num_rows(self) -> int:
@@ -88,42 +97,56 @@ class RowStore:
             RowStoreError: the disk has no room for it.
         """
         if self.tier == "disk":
-            self._arrays[name] = create_mapped(self._folder / f"{self.name}.{name}", shape, dtype)
+            self.arrays[name] = create_mapped(self._folder / f"{self.name}.{name}", shape, dtype)
         else:
-            device = self._arrays["rows"].device if self._arrays else torch.device("cpu")
-            self._arrays[name] = torch.zeros(shape, dtype=dtype, device=device)
-        return self._arrays[name]
+            device = self.arrays["rows"].device if self.arrays else torch.device("cpu")
+            self.arrays[name] = torch.zeros(shape, dtype=dtype, device=device)
+        return self.arrays[name]
 
     def array(self, name: str) -> Tensor:
-        return self._arrays[name]
+        return self.arrays[name]
+
+    def home_rows(self, block: int) -> Tensor:
+        """One block where the store is, (M, 2, D)."""
+        return self.arrays["rows"][block * self.rows_per_block : (block + 1) * self.rows_per_block]
 
     def move_to(self, device: torch.device) -> None:
         """Take a store of the tier "device" to the device that computes; others stay where they are."""
         if self.tier == "device" and self.device != device:
-            self._arrays = {name: array.to(device) for name, array in self._arrays.items()}
+            self.arrays = {name: array.to(device) for name, array in self.arrays.items()}
 
-    def is_addressable_from(self, device: torch.device) -> bool:
-        return self.device == device
-
-    @torch.no_grad()
     def blocks(self, block_ids: Sequence[int], device: torch.device) -> Sequence[Tensor]:
-        """The blocks of those numbers, each (M, 2, D), as views of the store.
-
-        Raises:
-            RowStoreError: `device` cannot address the store.
-        """
+        """The blocks of those numbers, each (M, 2, D) on `device`: views of the store if that can address it."""
         self.move_to(device)
-        if not self.is_addressable_from(device):
-            raise RowStoreError(f"{self.name}: rows lie on {self.device} and cannot be read from {device} in place.")
         if self.before_use is not None:
             self.before_use(block_ids)
-        return [self.rows_NMWD[block] for block in block_ids]
+        if self.device == device and not self.is_remote:
+            return [self.home_rows(block) for block in block_ids]
+        if self.on_device is None or self.on_device.device != device:
+            self.write_back()
+            self.on_device = DeviceRows(self, device, self.cache_bytes)
+        return self.on_device.blocks(block_ids)
+
+    def end_step(self, block_ids: Sequence[int]) -> None:
+        """An optimizer has updated rows of these blocks."""
+        if self.on_device is not None:
+            self.on_device.end_step(block_ids)
+
+    def write_back(self) -> None:
+        """Bring the arrays up to date with blocks that are kept on a device."""
+        if self.on_device is not None:
+            self.on_device.write_back()
+
+    def forget_copies(self) -> None:
+        """The arrays were written from outside; what is on a device is no copy of them any more."""
+        if self.on_device is not None:
+            self.on_device.forget()
 
     def read_ahead(self, block_ids: Sequence[int]) -> None:
         """Have the disk read blocks that will be asked for soon; other tiers need no such thing."""
         if self.tier == "disk":
             for block in block_ids:
-                read_ahead(self.rows_NMWD[block])
+                read_ahead(self.home_rows(block))
 
     @torch.no_grad()
     def load(self, rows_RWD: Tensor) -> None:
@@ -137,12 +160,14 @@ class RowStore:
             raise RowStoreError(
                 f"{self.name}: got rows of shape {list(rows_RWD.shape)}, expected {list(expected)}; nothing was loaded."
             )
-        blocks = rows_RWD.view(self.num_blocks, self.rows_per_block, 2, self.hidden_size)
-        for block in range(self.num_blocks):
-            self.rows_NMWD[block].copy_(blocks[block])
+        for first in range(0, self.num_rows, self.rows_per_block):
+            part = slice(first, first + self.rows_per_block)
+            self.arrays["rows"][part].copy_(rows_RWD[part])
+        self.forget_copies()
 
     def saved(self) -> Tensor:
         """All rows as (N * M, 2, D), every update done that the optimizer owes; a view where they are on the host."""
         if self.before_use is not None:
             self.before_use(None)
-        return self.rows_NMWD.detach().view(self.num_rows, 2, self.hidden_size)
+        self.write_back()
+        return self.arrays["rows"].detach()

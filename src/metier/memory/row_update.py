@@ -22,8 +22,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from metier.memory.row_state import RowState
-from metier.memory.row_store import RowStore
+from metier.memory.row_state import RowBank, RowState
 from metier.memory.stochastic_rounding import round_stochastically
 
 CHUNK_BYTES = 4 << 20
@@ -67,20 +66,22 @@ class StepHistory:
 
 
 class RowChunks:
-    """Rows of a store and their moments as float32, some at a time, in buffers that are used again."""
+    """Rows of a bank and their moments as float32, some at a time, in buffers that are used again."""
 
-    def __init__(self, store: RowStore, state: RowState) -> None:
-        self.store, self.state = store, state
-        columns, device = 2 * store.hidden_size, store.device
-        is_cpu = device.type == "cpu"
-        self.num_rows = min(store.num_rows, max(1, CHUNK_BYTES // (4 * columns)) if is_cpu else 1 << 14)
-        self._buffers = torch.empty(4, self.num_rows, columns, device=device)
-        self._rows_RC = store.rows_NMWD.view(store.num_rows, columns)
+    def __init__(self, bank: RowBank, state_dtype: str) -> None:
+        self.bank, self.state = bank, RowState(bank, state_dtype)
+        columns, is_cpu = 2 * bank.hidden_size, bank.device.type == "cpu"
+        self.num_rows = max(1, CHUNK_BYTES // (4 * columns)) if is_cpu else 1 << 14
+        self._buffers = torch.empty(4, min(self.num_rows, bank.num_rows), columns, device=bank.device)
+
+    @property
+    def _rows_RC(self) -> Tensor:
+        return self.bank.array("rows").flatten(1)
 
     def read(self, row_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows, first and second moments, and a place for gradients, (S, C) each."""
         rows_SC, first_SC, second_SC, grads_SC = self._buffers[:, : len(row_ids)]
-        if self.store.dtype == torch.float32:
+        if self.bank.dtype == torch.float32:
             torch.index_select(self._rows_RC, 0, row_ids, out=rows_SC)
         else:
             rows_SC.copy_(self._rows_RC.index_select(0, row_ids))
@@ -90,7 +91,7 @@ class RowChunks:
     def write(self, row_ids: Tensor, generator: torch.Generator) -> None:
         """Put back what `read` gave and was changed in place."""
         rows_SC, first_SC, second_SC, _ = self._buffers[:, : len(row_ids)]
-        if self.store.dtype != torch.float32:
+        if self.bank.dtype != torch.float32:
             rows_SC = round_stochastically(rows_SC, generator)
         self._rows_RC.index_copy_(0, row_ids, rows_SC)
         self.state.write(row_ids, (first_SC, second_SC), generator)
@@ -110,7 +111,7 @@ def update_rows(
         settings: of this step.
         seed: of the random rounding, where something is kept in bfloat16; another for each step.
     """
-    steps_R, generator = chunks.state.steps_R, torch.Generator(chunks.store.device).manual_seed(seed)
+    steps_R, generator = chunks.state.steps_R, torch.Generator(chunks.bank.device).manual_seed(seed)
     for ids, places, steps in _sorted_chunks(row_ids, grad_ids, steps_R, chunks.num_rows):
         rows_SC, first_SC, second_SC, grads_SC = chunks.read(ids)
         torch.index_select(grads_GC, 0, places, out=grads_SC)
@@ -132,22 +133,27 @@ def catch_up(chunks: RowChunks, row_ids: Tensor, history: StepHistory, seed: int
         history: every step so far; row `r` has seen the first `steps_R[r]` of them.
         seed: as of `update_rows`.
     """
-    steps_R, generator = chunks.state.steps_R, torch.Generator(chunks.store.device).manual_seed(seed)
+    steps_R, generator = chunks.state.steps_R, torch.Generator(chunks.bank.device).manual_seed(seed)
     row_ids = row_ids[steps_R[row_ids] < len(history)]
-    for ids, _, steps in _sorted_chunks(row_ids, row_ids, steps_R, chunks.num_rows):
+    if not len(row_ids):
+        return
+    has_moved_S = torch.cat([chunks.state.has_moved(part) for part in row_ids.split(chunks.num_rows)])
+    still, moving = row_ids[~has_moved_S], row_ids[has_moved_S]
+    for ids, _, steps in _sorted_chunks(still, still, steps_R, chunks.num_rows):
+        if history.decay_since(steps[0]) != 1:
+            rows_SC, first_SC, second_SC, _ = chunks.read(ids)
+            _only_decay(rows_SC, first_SC, second_SC, steps, history)
+            chunks.write(ids, generator)
+    for ids, _, steps in _sorted_chunks(moving, moving, steps_R, chunks.num_rows):
         rows_SC, first_SC, second_SC, grads_SC = chunks.read(ids)
-        moves = bool(second_SC.any())
-        if not moves and history.decay_since(steps[0]) == 1:
-            continue  # rows that no gradient ever reached, and nothing decays
-        if moves:
-            grads_SC.zero_()
-            for step in range(steps[0] + 1, len(history) + 1):
-                # in the order of their counts, the rows that missed this step and are not left to `_only_decay`
-                part = slice(bisect_left(steps, step - MOST_MISSED_STEPS), bisect_left(steps, step))
-                if part.start < part.stop:
-                    lists = [[x[part]] for x in (rows_SC, grads_SC, first_SC, second_SC)]
-                    _fused_adamw(lists, [step], history.settings[step - 1])
-        _only_decay(rows_SC, first_SC, second_SC, [seen + MOST_MISSED_STEPS * moves for seen in steps], history)
+        grads_SC.zero_()
+        for step in range(steps[0] + 1, len(history) + 1):
+            # in the order of their counts, the rows that missed this step and are not left to `_only_decay`
+            part = slice(bisect_left(steps, step - MOST_MISSED_STEPS), bisect_left(steps, step))
+            if part.start < part.stop:
+                lists = [[x[part]] for x in (rows_SC, grads_SC, first_SC, second_SC)]
+                _fused_adamw(lists, [step], history.settings[step - 1])
+        _only_decay(rows_SC, first_SC, second_SC, [seen + MOST_MISSED_STEPS for seen in steps], history)
         chunks.write(ids, generator)
     steps_R[row_ids] = len(history)
 

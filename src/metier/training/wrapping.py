@@ -67,6 +67,7 @@ def meft_config(config: RunConfig) -> MeftConfig:
         scaling=config.meft_scaling,
         store=config.meft_store,
         store_folder=str(RunFolder(Path(config.output_dir)).rows),
+        cache_bytes=config.meft_cache_bytes,
         row_dtype=config.meft_row_dtype,
     )
 

@@ -62,6 +62,13 @@ class MeftConfig(PeftConfig):
     store_folder: str | None = field(
         default=None, metadata={"help": "Folder of the rows on disk; a temporary one where it is not set. Not saved."}
     )
+    cache_bytes: int = field(
+        default=0,
+        metadata={
+            "help": "Memory of the device, over all layers, for rows that are used in most steps, where the store is "
+            "elsewhere; they are kept and updated there."
+        },
+    )
     row_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "What rows are kept in; bfloat16 is trained with stochastic rounding."}
     )
@@ -83,6 +90,8 @@ class MeftConfig(PeftConfig):
                 raise ConfigError(f"{where}: {name} must be {' or '.join(choices)}, got {getattr(self, name)!r}.")
         if not self.scaling > 0:
             raise ConfigError(f"{where}: scaling must be greater than 0, got {self.scaling}.")
+        if self.cache_bytes < 0:
+            raise ConfigError(f"{where}: cache_bytes must be at least 0, got {self.cache_bytes}.")
         sizes = self.sizes
         self.num_key_experts, self.top_k = sizes.num_key_experts, sizes.top_k
         self.num_active_key_experts = sizes.num_active_key_experts

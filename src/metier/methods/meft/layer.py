@@ -43,8 +43,8 @@ class MeftLayer(nn.Module, BaseTunerLayer):
         self.configs: dict[str, MeftConfig] = {}
         self.merged_adapters: list[str] = []
 
-    def update_layer(self, adapter_name: str, config: MeftConfig) -> None:
-        """Add an adapter whose values are 0, so that it changes nothing yet."""
+    def update_layer(self, adapter_name: str, config: MeftConfig, *, num_layers: int = 1) -> None:
+        """Add an adapter whose values are 0, so that it changes nothing yet; it has `num_layers` layers in all."""
         sizes = config.sizes
         folder = None if config.store_folder is None else Path(config.store_folder) / adapter_name
         store = RowStore(
@@ -55,6 +55,7 @@ class MeftLayer(nn.Module, BaseTunerLayer):
             dtype=getattr(torch, config.row_dtype),
             folder=folder,
             name=self.path,
+            cache_bytes=config.cache_bytes // num_layers,
         )
         router_ND = torch.empty(sizes.num_key_experts, self.hidden_size)
         scale = router_scale(sizes, self.hidden_size)

@@ -54,11 +54,12 @@ class MeftModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, MeftConfig), "registered with this tuner"
+        num_layers = max(1, len(feed_forward_paths(self.model)))
         if isinstance(target, MeftLayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, peft_config, num_layers=num_layers)
             return
         layer = MeftLayer(target, current_key, hidden_size_of(self.model))
-        layer.update_layer(adapter_name, peft_config)
+        layer.update_layer(adapter_name, peft_config, num_layers=num_layers)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
