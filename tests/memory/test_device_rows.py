@@ -25,7 +25,7 @@ def store_of(**options) -> StepGradients:
 
 def backward(gradients: StepGradients, blocks: list[int], seed: int) -> list[Tensor]:
     """What a pass does: read rows, and leave gradients that depend on them; all but the last row of a block fire."""
-    read = gradients.store.blocks(blocks, CPU)
+    read = gradients.store.blocks(blocks, CPU, keep=True)
     places, fired, is_new = gradients.places(blocks, CPU)
     noise = torch.randn(len(blocks), M, 2, D, generator=torch.Generator().manual_seed(seed))
     for rows, place, flags, new, extra in zip(read, places, fired, is_new, noise, strict=True):
@@ -100,11 +100,10 @@ def test_the_cache_keeps_to_its_bytes():
     assert held == 2 * M * (ROW_BYTES + STATE_BYTES)
 
 
-def test_without_gradients_nothing_is_kept():
+def test_what_is_not_to_be_kept_is_fetched_again():
     gradients = store_of(is_remote=True)
-    with torch.no_grad():
-        gradients.store.blocks([0, 1], CPU)
-        gradients.store.blocks([0], CPU)
+    gradients.store.blocks([0, 1], CPU, keep=False)
+    gradients.store.blocks([0], CPU, keep=False)
     assert gradients.store.meter.num_fetched == 3
 
 
@@ -112,7 +111,7 @@ def test_new_rows_are_seen_at_once():
     gradients = store_of(is_remote=True, cache_bytes=N * M * (ROW_BYTES + STATE_BYTES))
     trained(gradients)
     gradients.store.load(torch.full((N * M, 2, D), 7.0))
-    assert all(block.eq(7).all() for block in gradients.store.blocks(list(range(N)), CPU))
+    assert all(block.eq(7).all() for block in gradients.store.blocks(list(range(N)), CPU, keep=True))
 
 
 def test_a_resumed_run_with_hot_blocks_goes_on_to_the_same_numbers(tmp_path):

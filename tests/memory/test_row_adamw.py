@@ -33,7 +33,7 @@ def store_of(values: Tensor, **options) -> StepGradients:
 
 def give(gradients: StepGradients, dense: Tensor, blocks: list[int], fired: Tensor | None = None) -> None:
     """Leave gradients as a backward pass would: `blocks` read, then those of fired rows added."""
-    gradients.store.blocks(blocks, torch.device("cpu"))
+    gradients.store.blocks(blocks, torch.device("cpu"), keep=True)
     places, flags, is_new = gradients.places(blocks, torch.device("cpu"))
     for block, place, flag, new in zip(blocks, places, flags, is_new, strict=True):
         place.copy_(dense[block] if new else place + dense[block])
@@ -205,13 +205,14 @@ def test_smaller_states_follow_the_float32_one(state_dtype):
 def test_a_tiny_second_moment_in_8_bits_does_not_become_a_huge_step():
     gradients = store_of(torch.zeros(N, M, 2, D))
     optimizer = RowAdamW([gradients.holder], lr=1e-2, state_dtype="int8", weight_decay=0.0)
-    dense = torch.full((N, M, 2, D), 1e-6)
-    dense[..., 0] = 1.0
-    for _ in range(5):
+    for step in range(30):
+        # one large gradient is long forgotten by the first moment when it still sets the scale of the second
+        dense = torch.full((N, M, 2, D), 1e-4)
+        dense[..., 0] = float(step == 0)
         give(gradients, dense, list(range(N)))
         optimizer.step()
         optimizer.zero_grad()
-    assert gradients.store.rows_NMWD.abs().max() <= 5 * 1e-2 * 1.01
+    assert gradients.store.rows_NMWD.abs().max() <= 30 * 1e-2
 
 
 def test_small_updates_of_bfloat16_rows_arrive_in_the_mean():

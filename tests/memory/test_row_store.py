@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
 def test_blocks_are_views_of_the_store(tier, tmp_path):
     store = RowStore(4, 3, 5, tier=tier, folder=tmp_path)
-    (block,) = store.blocks([2], CPU)
+    (block,) = store.blocks([2], CPU, keep=True)
     block.fill_(7)
     assert store.rows_NMWD[2].eq(7).all()
     assert store.rows_NMWD[[0, 1, 3]].eq(0).all()
@@ -90,7 +90,7 @@ def test_reading_ahead_is_harmless_on_every_tier(tmp_path):
 def test_saving_has_owed_updates_done_first():
     store, asked = RowStore(2, 1, 3), []
     store.before_use = asked.append
-    store.blocks([1], CPU)
+    store.blocks([1], CPU, keep=True)
     store.saved()
     assert asked == [[1], None]
 

@@ -51,14 +51,14 @@ class DeviceRows:
         """Of the hot blocks, by their slots."""
         return self._arrays[name]
 
-    def blocks(self, block_ids: Sequence[int]) -> list[Tensor]:
-        """Each (M, 2, D) on the device; what is not there yet is fetched."""
+    def blocks(self, block_ids: Sequence[int], *, keep: bool) -> list[Tensor]:
+        """Each (M, 2, D) on the device; what is not there yet is fetched, and kept until the next step if wanted."""
         started, meter = time.perf_counter(), self.store.meter
         missing = [block for block in block_ids if block not in self.slots and block not in self._fetched]
         meter.num_cache_hits += len(block_ids) - len(missing)
         meter.num_fetched += len(missing)
         fetched = dict(zip(missing, self._fetch(missing), strict=True))
-        if torch.is_grad_enabled() or not fetched:
+        if keep:
             self._fetched |= fetched
         found = self._fetched | fetched
         meter.stall_seconds += time.perf_counter() - started

@@ -115,8 +115,15 @@ class RowStore:
         if self.tier == "device" and self.device != device:
             self.arrays = {name: array.to(device) for name, array in self.arrays.items()}
 
-    def blocks(self, block_ids: Sequence[int], device: torch.device) -> Sequence[Tensor]:
-        """The blocks of those numbers, each (M, 2, D) on `device`: views of the store if that can address it."""
+    @torch.no_grad()
+    def blocks(self, block_ids: Sequence[int], device: torch.device, *, keep: bool) -> Sequence[Tensor]:
+        """The blocks of those numbers, each (M, 2, D) on `device`: views of the store if that can address it.
+
+        Args:
+            block_ids: which, each once.
+            device: that computes.
+            keep: whether they will be asked for again before the optimizer's next step, as in training.
+        """
         self.move_to(device)
         if self.before_use is not None:
             self.before_use(block_ids)
@@ -125,7 +132,7 @@ class RowStore:
         if self.on_device is None or self.on_device.device != device:
             self.write_back()
             self.on_device = DeviceRows(self, device, self.cache_bytes)
-        return self.on_device.blocks(block_ids)
+        return self.on_device.blocks(block_ids, keep=keep)
 
     def end_step(self, block_ids: Sequence[int]) -> None:
         """An optimizer has updated rows of these blocks."""

@@ -114,7 +114,11 @@ def update_rows(
     steps_R, generator = chunks.state.steps_R, torch.Generator(chunks.bank.device).manual_seed(seed)
     for ids, places, steps in _sorted_chunks(row_ids, grad_ids, steps_R, chunks.num_rows):
         rows_SC, first_SC, second_SC, grads_SC = chunks.read(ids)
-        torch.index_select(grads_GC, 0, places, out=grads_SC)
+        first, last = int(places[0]), int(places[-1])
+        if last - first + 1 == len(places) and len(set(steps)) == 1:
+            grads_SC = grads_GC[first : last + 1]  # they lie together in this order: no copy
+        else:
+            torch.index_select(grads_GC, 0, places, out=grads_SC)
         starts = [0, *(i for i in range(1, len(steps)) if steps[i] != steps[i - 1]), len(steps)]
         parts = [slice(*bounds) for bounds in pairwise(starts)]
         now = [steps[part.start] + 1 for part in parts]

@@ -165,3 +165,18 @@ def test_bfloat16_inputs_give_float32_gradients_of_rows():
     assert rounded.holder.grad.dtype == torch.float32
     # bfloat16 has 8 bits: sums of 12 products err by some percent of their size
     torch.testing.assert_close(low.float(), out, rtol=0.05, atol=0.3)
+
+
+def test_remote_rows_are_fetched_once_for_a_step_and_not_kept_without_gradients():
+    hidden_TD, ids, gate_TK, store = case(20, 2)
+    store.is_remote = True
+    num_used, gradients = len(set(ids.flatten().tolist())), StepGradients(store)
+    for _ in range(3):
+        sparse_rows(hidden_TD.requires_grad_(), ids, gate_TK, gradients, top_k=5).sum().backward()
+    assert store.meter.num_fetched == num_used
+    store.end_step([])
+    store.meter.take()
+    with torch.no_grad():
+        for _ in range(2):
+            sparse_rows(hidden_TD, ids, gate_TK, gradients, top_k=5)
+    assert store.meter.num_fetched == 2 * num_used

@@ -48,7 +48,7 @@ def sparse_rows(
         chosen_NM: which rows may fire instead, the same for every token, bool; `top_k` does not count then.
     """
     out_TD: Tensor = _SparseRows.apply(
-        hidden_TD, gate_TK, gradients.holder, key_experts_TK, gradients, top_k, chosen_NM
+        hidden_TD, gate_TK, gradients.holder, key_experts_TK, gradients, top_k, chosen_NM, torch.is_grad_enabled()
     )
     return out_TD
 
@@ -58,8 +58,8 @@ def chosen_rows(
     hidden_TD: Tensor, key_experts_TK: Tensor, gate_TK: Tensor | None, store: RowStore, *, top_k: int
 ) -> Tensor:
     """The rows that any token chooses, (N, M) bool: the union S of the paper's Algorithm 1."""
-    used = _Used(hidden_TD, key_experts_TK, store)
-    best_TKM = _best(_gated(_products(used, hidden_TD), gate_TK), top_k)
+    used = _Used(hidden_TD, key_experts_TK, store, keep=False)
+    best_TKM = _best(_gated(_products(used, used.blocks(hidden_TD.device), hidden_TD), gate_TK), top_k)
     chosen_NM = torch.zeros(store.num_blocks, store.rows_per_block, dtype=torch.bool, device=hidden_TD.device)
     chosen_NM[used.block_ids] = used.any_token(best_TKM)
     return chosen_NM
@@ -68,7 +68,7 @@ def chosen_rows(
 class _Used:
     """The Key-Experts that some token has, their rows, and the order of the pairs."""
 
-    def __init__(self, hidden_TD: Tensor, key_experts_TK: Tensor, store: RowStore) -> None:
+    def __init__(self, hidden_TD: Tensor, key_experts_TK: Tensor, store: RowStore, *, keep: bool) -> None:
         device, self.dtype = hidden_TD.device, hidden_TD.dtype
         active_A, self.places_TK = torch.unique(key_experts_TK, return_inverse=True)
         self.block_ids: list[int] = active_A.tolist()
@@ -77,11 +77,11 @@ class _Used:
         )
         self.cuts = [(a, b, self.order.bounds[a : b + 1]) for a, b in segments(self.order.bounds, device)]
         """Groups that are worked on at once: the first, the one after the last, and where their rows are."""
-        self.store = store
+        self.store, self.keep = store, keep
 
     def blocks(self, device: torch.device) -> list[Tensor]:
         """(M, 2, D) for each, in the dtype that is computed in."""
-        return [block.to(self.dtype) for block in self.store.blocks(self.block_ids, device)]
+        return [block.to(self.dtype) for block in self.store.blocks(self.block_ids, device, keep=self.keep)]
 
     def any_token(self, flags_TKM: Tensor) -> Tensor:
         """Which rows of the used Key-Experts some token has flagged, (A, M) bool."""
@@ -89,11 +89,11 @@ class _Used:
         return counts_AM.index_add_(0, self.places_TK.flatten(), flags_TKM.flatten(0, 1).float()) > 0
 
 
-def _products(used: _Used, hidden_TD: Tensor) -> Tensor:
+def _products(used: _Used, blocks: Sequence[Tensor], hidden_TD: Tensor) -> Tensor:
     """Products of tokens with the keys of their Key-Experts, (T, K, M)."""
     order = used.order
     products_PM = hidden_TD.new_empty(len(order.token_P), used.store.rows_per_block)
-    keys = [block[:, 0].t() for block in used.blocks(hidden_TD.device)]
+    keys = [block[:, 0].t() for block in blocks]
     for first, last, cut in used.cuts:
         rows_PD = hidden_TD[order.token_P[cut[0] : cut[-1]]]
         grouped_matmul(rows_PD, keys[first:last], cut, products_PM[cut[0] : cut[-1]])
@@ -130,20 +130,22 @@ class _SparseRows(torch.autograd.Function):
         gradients: StepGradients,
         top_k: int,
         chosen_NM: Tensor | None,
+        keep: bool,
     ) -> Tensor:
         store, device = gradients.store, hidden_TD.device
         with torch.autocast(device.type, enabled=False):
-            used = _Used(hidden_TD, key_experts_TK, store)
+            used = _Used(hidden_TD, key_experts_TK, store, keep=keep)
+            blocks = used.blocks(device)
             order = used.order
             gate_TK = None if gate_TK is None else gate_TK.to(hidden_TD.dtype)
-            products_TKM = _products(used, hidden_TD)
+            products_TKM = _products(used, blocks, hidden_TD)
             gated_TKM = _gated(products_TKM, gate_TK)
             fires_TKM = (gated_TKM > 0) & (
                 _best(gated_TKM, top_k) if chosen_NM is None else chosen_NM[used.block_ids][used.places_TK]
             )
             active_PM = order.spread(gated_TKM * fires_TKM)
             out_PD = hidden_TD.new_empty(len(order.token_P), hidden_TD.shape[1])
-            values = [block[:, 1] for block in used.blocks(device)]
+            values = [block[:, 1] for block in blocks]
             for first, last, cut in used.cuts:
                 grouped_matmul(active_PM[cut[0] : cut[-1]], values[first:last], cut, out_PD[cut[0] : cut[-1]])
             out_TD = _summed_over_slots(out_PD, order, torch.empty_like(hidden_TD))
@@ -186,7 +188,7 @@ class _SparseRows(torch.autograd.Function):
                     grouped_matmul(grad_products_PM[part], keys[first:last], cut, grad_PD[part])
                 grad_hidden_TD = _summed_over_slots(grad_PD, order, torch.empty_like(hidden_TD))
         # the gradient of rows is where it belongs already
-        return grad_hidden_TD, grad_gate_TK, None, None, None, None, None
+        return grad_hidden_TD, grad_gate_TK, None, None, None, None, None, None
 
 
 def _add_row_gradients(
