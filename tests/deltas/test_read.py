@@ -103,6 +103,11 @@ def test_a_lora_adapter(tmp_path: Path) -> None:
     refused(tmp_path, r"got a PEFT adapter of type 'LORA', expected 'ESFT' or 'EXPERT_LORA'\.\nmetier reads")
 
 
+def test_a_meft_adapter_is_named_as_what_cannot_be_merged(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "MEFT"}))
+    refused(tmp_path, r"got a MEFT adapter.*\n.*nothing to merge")
+
+
 def test_tensors_that_are_missing(delta_folder: Path) -> None:
     (delta_folder / TENSORS_FILE).unlink()
     refused(delta_folder, r"adapter_model\.safetensors: got no such file, expected the delta's tensors")

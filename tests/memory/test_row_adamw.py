@@ -297,3 +297,22 @@ def test_the_state_of_other_rows_is_refused_and_nothing_is_loaded(change):
 def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         RowAdamW([store_of(rows()).holder], **options)
+
+
+def test_two_stores_are_rounded_by_numbers_of_their_own():
+    both = [store_of(torch.ones(N, M, 2, D), dtype=torch.bfloat16) for _ in range(2)]
+    optimizer = RowAdamW([gradients.holder for gradients in both], lr=1e-3)
+    for gradients in both:
+        give(gradients, torch.ones(N, M, 2, D), list(range(N)))
+    optimizer.step()
+    assert not torch.equal(both[0].store.rows_NMWD, both[1].store.rows_NMWD)
+
+
+def test_rows_that_fired_stay_flagged_when_more_blocks_join():
+    gradients = store_of(rows())
+    optimizer = RowAdamW([gradients.holder], lr=1e-2)
+    give(gradients, sparse_gradient([0], 0), [0])
+    give(gradients, sparse_gradient([1, 2, 3, 4], 0), [1, 2, 3, 4])
+    optimizer.step()
+    moved = (gradients.store.rows_NMWD != rows()).flatten(2).any(-1)
+    assert moved.tolist() == [[False, True, True]] * N

@@ -58,6 +58,12 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     if not isinstance(values, dict):
         raise CorruptDeltaError(f"{path}: got a {type(values).__name__}, expected a JSON object.\n{DAMAGED}")
     method = values.get("peft_type")
+    if method == "MEFT":
+        raise CorruptDeltaError(
+            f"{path}: got a MEFT adapter, expected {ESFT!r} or {EXPERT_LORA!r}.\n"
+            "It replaces no weights of its base, so there is nothing to merge, and its sums are not checked yet: load it "
+            "with `peft.PeftModel.from_pretrained`, which checks its base and its shapes."
+        )
     if method not in (ESFT, EXPERT_LORA):
         raise CorruptDeltaError(
             f"{path}: got a PEFT adapter of type {method!r}, expected {ESFT!r} or {EXPERT_LORA!r}.\n"

@@ -225,7 +225,8 @@ class _TrainedRows:
                 f"{self.store.name}: got optimizer state {_described(got)}, expected {_described(expected)}; nothing "
                 "was loaded.\nResume with the adapter, mode and state_dtype of the run that it belongs to."
             )
-        # rows are loaded before: what is on a device is older than the state
+        # hot blocks have moments of their own, which are not these
+        self.store.write_back()
         self.store.forget_copies()
         for name in expected:
             self.store.array(name).copy_(state[name])
