@@ -61,8 +61,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     if method == "MEFT":
         raise CorruptDeltaError(
             f"{path}: got a MEFT adapter, expected {ESFT!r} or {EXPERT_LORA!r}.\n"
-            "It replaces no weights of its base, so there is nothing to merge, and its sums are not checked yet: load it "
-            "with `peft.PeftModel.from_pretrained`, which checks its base and its shapes."
+            "It replaces no weights of its base, so there is nothing to merge, and it has no sums to check yet: load "
+            "it with `peft.PeftModel.from_pretrained`, which checks its base and its shapes."
         )
     if method not in (ESFT, EXPERT_LORA):
         raise CorruptDeltaError(
