@@ -45,12 +45,25 @@ def hidden_size_of(model: nn.Module) -> int:
     Raises:
         UnsupportedModelError: the configuration does not say.
     """
+    return _configured(model, "hidden_size")
+
+
+def num_layers_of(model: nn.Module) -> int:
+    """Decoder layers of the model.
+
+    Raises:
+        UnsupportedModelError: the configuration does not say.
+    """
+    return _configured(model, "num_hidden_layers")
+
+
+def _configured(model: nn.Module, name: str) -> int:
     config = getattr(bare_model(model), "config", None)
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    size = getattr(text, "hidden_size", None)
-    if not isinstance(size, int):
-        raise UnsupportedModelError(f"{type(bare_model(model)).__name__}: its configuration has no hidden_size.")
-    return size
+    value = getattr(text, name, None)
+    if not isinstance(value, int):
+        raise UnsupportedModelError(f"{type(bare_model(model)).__name__}: its configuration has no {name}.")
+    return value
 
 
 def _is_layer(path: str) -> bool:

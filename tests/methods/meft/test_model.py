@@ -246,13 +246,20 @@ def test_mixing_adapters_in_a_batch_is_refused():
         trained(dense_model())(tokens(), adapter_names=["default", "__base__"])
 
 
+def test_modules_may_be_named():
+    wrapped = peft.get_peft_model(dense_model(), MeftConfig(r=64, target_modules=["layers.1.mlp"]))
+    assert [layer.path for layer in layers(wrapped)] == ["model.layers.1.mlp"]
+    assert wrapped.peft_config["default"].target_modules == ["model.layers.1.mlp"]
+
+
 def test_a_model_without_feed_forward_blocks_is_refused():
     model = dense_model()
     for layer in model.model.layers:
         layer.other, layer.mlp = layer.mlp, None
         del layer.mlp
-    with pytest.raises(UnsupportedModelError, match="target_modules"):
+    with pytest.raises(UnsupportedModelError, match=r"(?s)have .*other.*target_modules"):
         peft.get_peft_model(model, MeftConfig(r=64))
+    assert len(layers(peft.get_peft_model(model, MeftConfig(r=64, target_modules=["other"])))) == 2
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from metier.errors import BaseMismatchError, ConfigError, DeltaError
 from metier.methods.meft.config import MeftConfig
 from metier.methods.meft.layer import CANNOT_MERGE, MeftLayer
 from metier.methods.meft.state import load_rows, with_rows
-from metier.models.feed_forward import feed_forward_paths, hidden_size_of
+from metier.models.feed_forward import feed_forward_paths, hidden_size_of, num_layers_of
 from metier.models.fingerprint import fingerprint_of_any
 
 
@@ -54,7 +54,7 @@ class MeftModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, MeftConfig), "registered with this tuner"
-        num_layers = max(1, len(feed_forward_paths(self.model)))
+        num_layers = num_layers_of(self.model)
         if isinstance(target, MeftLayer):
             target.update_layer(adapter_name, peft_config, num_layers=num_layers)
             return
