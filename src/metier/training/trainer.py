@@ -56,7 +56,6 @@ def make_trainer(
         "eval_dataset": None if eval_items is None else _dataset(eval_items),
         "processing_class": tokenizer,
         "callbacks": callbacks,
-        "optimizer_cls_and_kwargs": _row_optimizer(config) if config.method == "meft" else None,
     }
     trainer: Trainer
     if is_encoder_decoder(model):
@@ -76,6 +75,7 @@ def make_trainer(
                 router_aux_loss_coef=0.0,
                 **arguments,
             ),
+            optimizer_cls_and_kwargs=_row_optimizer(config) if config.method == "meft" else None,
             data_collator=(PaddingFreeCollator if config.padding_free else Collator)(pad_token),
             **common,
         )
