@@ -179,6 +179,8 @@ def main() -> None:
     torch.manual_seed(0)
     lines = ["# MEFT: steps, bytes, AdamW", "", "    python benchmarks/meft_step.py", ""]
     lines += [(__doc__ or "").split("\n\n", 2)[2].strip(), ""]
+    capability = torch.backends.cpu.get_cpu_capability()
+    lines += [f"torch {torch.__version__}, {torch.get_num_threads()} threads, {capability}.", ""]
     lines += adamw_part()
     real = feed_forward_inputs(ACCUMULATION)
     for width, num_layers in ((576, 1), (4096, 2)):
