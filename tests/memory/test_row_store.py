@@ -37,7 +37,7 @@ def test_a_store_on_disk_keeps_its_numbers_in_its_folder(tmp_path):
     store.load(torch.arange(120.0).view(12, 2, 5))
     del store
     path = tmp_path / "rows" / "layers.0.mlp.rows"
-    assert open_mapped(path, (12, 2, 5), torch.float32).flatten().tolist() == list(range(120))
+    assert open_mapped(path, (12, 2, 5), torch.float32).tensor.flatten().tolist() == list(range(120))
 
 
 def test_a_store_on_disk_without_a_folder_leaves_nothing_behind():
@@ -83,7 +83,7 @@ def test_reading_ahead_is_harmless_on_every_tier(tmp_path):
     for tier in ("device", "host", "disk"):
         store = RowStore(4, 3, 500, tier=tier, folder=tmp_path / tier)
         store.rows_NMWD.fill_(3)
-        store.read_ahead([0, 3])
+        store.wanted([0, 3])
         assert store.rows_NMWD.eq(3).all()
 
 

@@ -248,3 +248,8 @@ def test_the_preview_shows_prompt_and_reply(configure: Configure) -> None:
     assert result.exit_code == 0
     assert "What is 0 and 0?It is 0.<eos>" in result.output.replace("\n", "")
     assert "9 of 25 tokens trained on" in result.output
+
+
+def test_meft_on_an_encoder_decoder_is_refused_before_it_trains(configure: Configure, console: Console) -> None:
+    with pytest.raises(UnsupportedModelError, match="feed-forward blocks: got an encoder-decoder"):
+        train(configure(method="meft", meft_r=64, meft_num_active_key_experts=4), console=console)

@@ -1,4 +1,9 @@
-"""Tensors that live in a file: mapped into memory, paged in and out by the system, never all held by the process."""
+"""Tensors that live in a file: mapped into memory, paged in and out by the system, never all held by the process.
+
+The system reads what is touched and writes what was changed, but late: it reads a page when somebody waits for it, and
+keeps changed pages until memory is short, which under a limit on the process can be too late. So parts can be read
+ahead, written behind, and taken out of memory (`disk_cache.py` decides when, and does it on threads of its own).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,8 @@ import ctypes
 import math
 import mmap
 import os
+import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,9 +21,65 @@ from torch import Tensor
 from metier.errors import RowStoreError
 
 _PAGE = mmap.PAGESIZE
+# Linux; elsewhere parts are neither written behind nor given up, and the system does as it likes
+_WRITE, _WAIT = 2, 1 | 2 | 4
+_ZERO_RANGE = 0x10
+_POPULATE_READ, _POPULATE_WRITE = 22, 23
 
 
-def create_mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+@dataclass(slots=True, weakref_slot=True)
+class MappedFile:
+    """A tensor in a file; what is written into the one is in the other."""
+
+    path: Path
+    tensor: Tensor
+    fd: int
+
+    def read_ahead(self, part: Tensor) -> None:
+        """Ask the system to read a contiguous part of the tensor from the disk, without waiting for it."""
+        _advise(part, mmap.MADV_WILLNEED)
+
+    def make_present(self, part: Tensor, *, to_write: bool) -> None:
+        """Wait until a contiguous part is in memory, so that whoever uses it next finds it there without a fault."""
+        _advise(part, _POPULATE_WRITE if to_write else _POPULATE_READ)
+
+    def write_behind(self, part: Tensor, *, wait: bool = False) -> None:
+        """Have the system write a contiguous part to the disk now; `wait` until it has, and its pages can be reused."""
+        if _libc is not None and hasattr(_libc, "sync_file_range"):
+            first, length = self._range(part)
+            _libc.sync_file_range(self.fd, ctypes.c_int64(first), ctypes.c_int64(length), _WAIT if wait else _WRITE)
+
+    def unmap(self, part: Tensor) -> None:
+        """Take a contiguous part out of the process, though not yet out of memory; who touches it maps it again."""
+        _advise(part, mmap.MADV_DONTNEED)
+
+    def drop(self, part: Tensor) -> None:
+        """Take an unmapped part out of memory; what of it was changed and not yet written stays."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, *self._range(part), os.POSIX_FADV_DONTNEED)
+
+    def give_up(self, part: Tensor) -> bool:
+        """The numbers of a contiguous part are not wanted any more: its whole pages become zeros, and none is written.
+
+        Returns whether the file system could do so; else they stay as they are.
+        """
+        first, length = self._range(part)
+        inner = -(-first // _PAGE) * _PAGE
+        whole = (first + length) // _PAGE * _PAGE - inner
+        if _libc is None or not hasattr(_libc, "fallocate") or whole <= 0:
+            return False
+        return int(_libc.fallocate(self.fd, _ZERO_RANGE, ctypes.c_int64(inner), ctypes.c_int64(whole))) == 0
+
+    def expect(self, *, in_order: bool) -> None:
+        """Whether all of it will be read from end to end, or parts of it, of which the system is told."""
+        _advise(self.tensor, mmap.MADV_SEQUENTIAL if in_order else mmap.MADV_RANDOM)
+
+    def _range(self, part: Tensor) -> tuple[int, int]:
+        """Where a part is in the file: its first byte, and how many there are."""
+        return part.data_ptr() - self.tensor.data_ptr(), part.nbytes
+
+
+def create_mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> MappedFile:
     """A tensor of zeros in a new file, whose room on the disk is reserved at once.
 
     Raises:
@@ -37,8 +100,8 @@ def create_mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Ten
     return open_mapped(path, shape, dtype)
 
 
-def open_mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The tensor in a file that `create_mapped` made; what is written into it goes to the file.
+def open_mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> MappedFile:
+    """The tensor in a file that `create_mapped` made.
 
     Raises:
         RowStoreError: there is no such file, or it is of another size.
@@ -53,21 +116,20 @@ def open_mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
             f"{list(shape)}.\nIt is another store's or was cut off; remove its folder and begin again."
         )
     flat = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
-    return flat.view(shape)
+    mapped = MappedFile(path, flat.view(shape), os.open(path, os.O_RDWR))
+    weakref.finalize(mapped, os.close, mapped.fd)
+    # else whoever touches a page gets megabytes around it, which nobody counts
+    mapped.expect(in_order=False)
+    return mapped
 
 
-def read_ahead(part: Tensor) -> None:
-    """Ask the system to read a contiguous part of a mapped tensor from the disk, without waiting for it."""
+def _advise(part: Tensor, advice: int) -> None:
+    # Python's own madvise is a method of its mmap objects, and torch makes the mapping here. A refusal is not an error:
+    # it is advice
     start = part.data_ptr()
     first = start - start % _PAGE
-    _madvise(first, start + part.nbytes - first, mmap.MADV_WILLNEED)
-
-
-def _madvise(address: int, length: int, advice: int) -> None:
-    # Python's own madvise is a method of its mmap objects, and torch makes the mapping here. A refusal is not an
-    # error: it is advice
-    if _libc is not None:
-        _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_int(advice))
+    if _libc is not None and part.nbytes:
+        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(start + part.nbytes - first), ctypes.c_int(advice))
 
 
 def _load_libc() -> ctypes.CDLL | None:

@@ -16,6 +16,9 @@ class Meter:
     num_rows_updated: int = 0
     bytes_to_device: int = 0
     bytes_from_device: int = 0
+    bytes_from_disk: int = 0
+    bytes_to_disk: int = 0
+    """Rows, moments and gradients for which there was no room in memory."""
     num_cache_hits: int = 0
     """Blocks that were asked for and lay on the device already, from this step or an earlier one."""
     num_fetched: int = 0
@@ -50,7 +53,14 @@ def of_a_step(meters: Sequence[Meter], num_steps: int) -> dict[str, float]:
     """
     sums = {
         name: sum(getattr(meter, name) for meter in meters) / num_steps
-        for name in ("num_rows_updated", "bytes_to_device", "bytes_from_device", "stall_seconds")
+        for name in (
+            "num_rows_updated",
+            "bytes_to_device",
+            "bytes_from_device",
+            "bytes_from_disk",
+            "bytes_to_disk",
+            "stall_seconds",
+        )
     }
     asked = sum(meter.num_cache_hits + meter.num_fetched for meter in meters)
     loads = [meter.tokens_by_block for meter in meters]
@@ -58,6 +68,8 @@ def of_a_step(meters: Sequence[Meter], num_steps: int) -> dict[str, float]:
         "rows_updated": sums["num_rows_updated"],
         "row_bytes_to_device": sums["bytes_to_device"],
         "row_bytes_from_device": sums["bytes_from_device"],
+        "row_bytes_from_disk": sums["bytes_from_disk"],
+        "row_bytes_to_disk": sums["bytes_to_disk"],
         "row_cache_hit_rate": sum(meter.num_cache_hits for meter in meters) / asked if asked else 0.0,
         "row_stall_seconds": sums["stall_seconds"],
         "key_expert_load_max": max((max(load) * len(load) / sum(load) for load in loads if sum(load)), default=0.0),

@@ -22,6 +22,8 @@ from metier.memory.step_gradients import StepGradients, step_gradients_of
 UpdateMode = Literal["lazy", "exact"]
 UPDATE_MODES: tuple[str, ...] = get_args(UpdateMode)
 _SEED_STRIDE = 1 << 20
+GROUP_BYTES = 32 << 20
+"""Of rows that are updated before others: while they are, a disk reads what the next ones need."""
 
 
 class RowAdamW(Optimizer):
@@ -128,11 +130,13 @@ class RowAdamW(Optimizer):
     def _check_finite(self) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None or torch.isfinite(parameter.grad.sum()):
-                    continue
-                if torch.isfinite(parameter.grad).all():  # its sum overflowed
-                    continue
                 gradients = step_gradients_of(parameter)
+                if parameter.grad is None:
+                    continue
+                parts = [parameter.grad] if gradients is None else self._trained(gradients).gradient_parts()
+                # a sum that is not finite may also have overflowed
+                if all(torch.isfinite(part.sum()) or torch.isfinite(part).all() for part in parts):
+                    continue
                 where = f"a parameter of shape {list(parameter.shape)}" if gradients is None else gradients.store.name
                 raise RowStoreError(
                     f"{where}: got a gradient with values that are not finite; nothing was updated.\n"
@@ -177,16 +181,48 @@ class _TrainedRows:
         self.num_updates = 0
         """Calls so far, each with random numbers of its own."""
         self._chunks: dict[torch.device | None, RowChunks] = {}
+        block_bytes = 4 * self.store.rows_per_block * 2 * self.store.hidden_size
+        self._num_together = max(1, GROUP_BYTES // block_bytes)
         if mode == "exact":
             self.store.before_use = self.catch_up
 
     def step(self, settings: StepSettings) -> None:
-        grad, block_ids = self.gradients.holder.grad, self.gradients.block_ids
+        block_ids = self.gradients.block_ids
+        for group in self._groups(self._read_ahead):
+            self._step_group(group, settings)
+            self.store.changed(block_ids[group])
+        if self.mode == "exact":
+            # before this step the rows were up to date, so what counts for them is the number of the step
+            self.history.append(settings)
+        self.store.end_step(block_ids)
+
+    def gradient_parts(self) -> Iterator[Tensor]:
+        """The step's gradients, some at a time."""
+        grad = self.gradients.holder.grad
         assert grad is not None, "rows without a gradient are left out"
+        for group in self._groups(self.gradients.read_ahead):
+            yield grad[group]
+
+    def _groups(self, read_ahead: Callable[[slice], None]) -> Iterator[slice]:
+        """Slots of the gradient, some at a time; while one group is worked on, a disk reads what the next one needs."""
+        num_slots, at_once = len(self.gradients.block_ids), self._num_together
+        groups = [slice(first, min(first + at_once, num_slots)) for first in range(0, num_slots, at_once)]
+        for number, group in enumerate(groups):
+            self.store.come_to("optimizer")
+            if number == 0:
+                read_ahead(group)
+            self.store.wait_for([*self.store.arrays, "gradients"])
+            if number + 1 < len(groups):
+                read_ahead(groups[number + 1])
+            yield group
+
+    def _step_group(self, group: slice, settings: StepSettings) -> None:
+        grad, block_ids = self.gradients.holder.grad, self.gradients.block_ids[group]
+        assert grad is not None, "rows without a gradient are left out"
+        grad, fired_GM = grad[group], self.gradients.fired_GM[group]
         for bank, slots, places in self._where(block_ids):
             part = slice(None) if len(slots) == len(block_ids) else slots
-            fired = self.gradients.fired_GM[part]
-            grads = grad[part].flatten(0, 1).flatten(1)
+            fired, grads = fired_GM[part], grad[part].flatten(0, 1).flatten(1)
             if grads.device != bank.device or self.store.is_remote:
                 self.store.meter.bytes_from_device += grads.nbytes if bank is self.store else 0
                 fired, grads = fired.to(bank.device), grads.to(bank.device)
@@ -194,20 +230,33 @@ class _TrainedRows:
             row_ids = self._row_ids(places, bank)[fired_rows]
             update_rows(self._chunks_of(bank), row_ids, grads, fired_rows, settings, self._seed())
             self.store.meter.num_rows_updated += len(row_ids)
-        if self.mode == "exact":
-            # before this step the rows were up to date, so what counts for them is the number of the step
-            self.history.append(settings)
-        self.store.end_step(block_ids)
+
+    def _read_ahead(self, group: slice) -> None:
+        self.store.wanted(self.gradients.block_ids[group], self.store.arrays, to_write=True)
+        self.gradients.read_ahead(group)
 
     def catch_up(self, block_ids: Sequence[int] | None) -> None:
         """Do the updates that blocks (None: all) are owed."""
-        for bank, _, places in self._where(list(range(self.store.num_blocks) if block_ids is None else block_ids)):
-            catch_up(self._chunks_of(bank), self._row_ids(places, bank), self.history, self._seed())
+        wanted = list(range(self.store.num_blocks) if block_ids is None else block_ids)
+        for first in range(0, len(wanted), self._num_together):
+            group = wanted[first : first + self._num_together]
+            owed = self._owed(group)
+            self.store.wanted(owed, self.store.arrays, to_write=True)
+            self.store.wait_for(self.store.arrays)
+            for bank, _, places in self._where(group):
+                catch_up(self._chunks_of(bank), self._row_ids(places, bank), self.history, self._seed())
+            self.store.changed(owed)
+
+    def _owed(self, block_ids: Sequence[int]) -> list[int]:
+        """Of those blocks the ones in the store of which a row has missed a step."""
+        steps_NM = self.store.array("steps").view(self.store.num_blocks, -1)[list(block_ids)]
+        return [block_ids[i] for i in (steps_NM < len(self.history)).any(1).nonzero().flatten().tolist()]
 
     def state_dict(self) -> dict[str, Any]:
         if self.mode == "exact":
             self.catch_up(None)
         self.store.write_back()
+        self.store.expect(in_order=True)
         settings = [
             [past.learning_rate, past.weight_decay, past.beta1, past.beta2, past.eps] for past in self.history.settings
         ]
@@ -228,8 +277,12 @@ class _TrainedRows:
         # hot blocks have moments of their own, which are not these
         self.store.write_back()
         self.store.forget_copies()
-        for name in expected:
-            self.store.array(name).copy_(state[name])
+        rows = self.store.rows_per_block
+        for block in range(self.store.num_blocks):
+            part = slice(block * rows, (block + 1) * rows)
+            for name in expected:
+                self.store.array(name)[part].copy_(state[name][part])
+            self.store.changed([block], expected)
         self.history = StepHistory(StepSettings(*row) for row in state["history"].tolist())
         self.num_updates = int(state["num_updates"])
 

@@ -12,8 +12,10 @@ views and nothing is copied. Elsewhere they are fetched, and some kept: see `dev
 
 from __future__ import annotations
 
+import mmap
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -22,7 +24,9 @@ from torch import Tensor
 
 from metier.errors import ConfigError, RowStoreError
 from metier.memory.device_rows import DeviceRows
-from metier.memory.mapped_file import create_mapped, read_ahead
+from metier.memory.disk_cache import CachedFile, disk_cache
+from metier.memory.disk_policy import Kind, Phase
+from metier.memory.mapped_file import create_mapped
 from metier.memory.meter import Meter
 
 Tier = Literal["device", "host", "disk"]
@@ -75,6 +79,13 @@ class RowStore:
         self._folder = Path(self._temporary.name) if self._temporary else Path(folder or ".")
         self.arrays: dict[str, Tensor] = {}
         """The rows, and what an optimizer keeps beside them; the first axis of each counts rows."""
+        self._files: dict[str, CachedFile] = {}
+        self.last_used: Sequence[int] = ()
+        """The blocks that were asked for last; the next pass will ask for much the same."""
+        self._neighbours: dict[Phase, RowStore] = {}
+        self._place = (0, 1)
+        self._gradients: Tensor | None = None
+        self._is_read_through = False
         self.add_array("rows", (self.num_rows, 2, hidden_size), dtype)
 
     @property
@@ -96,12 +107,32 @@ class RowStore:
         Raises:
             RowStoreError: the disk has no room for it.
         """
-        if self.tier == "disk":
-            self.arrays[name] = create_mapped(self._folder / f"{self.name}.{name}", shape, dtype)
-        else:
-            device = self.arrays["rows"].device if self.arrays else torch.device("cpu")
-            self.arrays[name] = torch.zeros(shape, dtype=dtype, device=device)
+        device = self.arrays["rows"].device if self.arrays else torch.device("cpu")
+        self.arrays[name] = self._zeros(name, shape, dtype, device)
         return self.arrays[name]
+
+    def gradient_room(self, device: torch.device) -> Tensor | None:
+        """Room for the gradients of all blocks, for a store whose rows do not fit into memory; None for others.
+
+        Raises:
+            RowStoreError: the disk has no room for it.
+        """
+        if self.tier != "disk" or device.type != "cpu" or self.is_remote:
+            return None
+        if self._gradients is None:
+            shape = (self.num_rows, 2, self.hidden_size)
+            self._gradients = self._zeros("gradients", shape, torch.float32, device)
+        return self._gradients
+
+    def _zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self.tier == "disk" and device.type == "cpu":
+            mapped = create_mapped(self._folder / f"{self.name}.{name}", shape, dtype)
+            # what is smaller than a page shares it with others, and is left to the system
+            if mapped.tensor[: self.rows_per_block].nbytes >= mmap.PAGESIZE:
+                kind: Kind = "rows" if name == "rows" else "gradients" if name == "gradients" else "state"
+                self._files[name] = CachedFile(mapped, kind, self, self.meter, self.rows_per_block)
+            return mapped.tensor
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     def array(self, name: str) -> Tensor:
         return self.arrays[name]
@@ -116,15 +147,27 @@ class RowStore:
             self.arrays = {name: array.to(device) for name, array in self.arrays.items()}
 
     @torch.no_grad()
-    def blocks(self, block_ids: Sequence[int], device: torch.device, *, keep: bool) -> Sequence[Tensor]:
+    def blocks(
+        self, block_ids: Sequence[int], device: torch.device, *, keep: bool, phase: Phase = "forward"
+    ) -> Sequence[Tensor]:
         """The blocks of those numbers, each (M, 2, D) on `device`: views of the store if that can address it.
 
         Args:
             block_ids: which, each once.
             device: that computes.
             keep: whether they will be asked for again before the optimizer's next step, as in training.
+            phase: of the step.
         """
         self.move_to(device)
+        self.expect(in_order=False)
+        self.come_to(phase)
+        self.wanted(block_ids)
+        self.wait_for()
+        if (next_store := self._neighbours.get(phase)) is not None:
+            # a backward pass asks for what the forward one has; what that will ask for is not known yet, but is much
+            # the same as last time
+            next_store.wanted(next_store.last_used)
+        self.last_used = block_ids
         if self.before_use is not None:
             self.before_use(block_ids)
         if self.device == device and not self.is_remote:
@@ -149,11 +192,47 @@ class RowStore:
         if self.on_device is not None:
             self.on_device.forget()
 
-    def read_ahead(self, block_ids: Sequence[int]) -> None:
-        """Have the disk read blocks that will be asked for soon; other tiers need no such thing."""
+    @property
+    def layer_place(self) -> tuple[int, int]:
+        """Which store this is of those that a step passes through, and how many they are."""
+        return self._place
+
+    def come_to(self, phase: Phase) -> None:
+        """A step begins with this store's part in a phase."""
         if self.tier == "disk":
-            for block in block_ids:
-                read_ahead(self.home_rows(block))
+            disk_cache().come_to(phase, self)
+
+    def wanted(self, block_ids: Sequence[int], names: Iterable[str] = ("rows",), *, to_write: bool = False) -> None:
+        """Blocks will be asked for soon: the disk is to read them; other tiers need no such thing."""
+        for name in names:
+            if name in self._files:
+                disk_cache().wanted(self._files[name], block_ids, to_write=to_write)
+
+    def expect(self, *, in_order: bool) -> None:
+        """All will be read from end to end, to be saved; or blocks again, which is told of at the next use anyway."""
+        if in_order != self._is_read_through:
+            self._is_read_through = in_order
+            for file in self._files.values():
+                file.file.expect(in_order=in_order)
+
+    def wait_for(self, names: Iterable[str] = ("rows",)) -> None:
+        """Until all that was wanted is there."""
+        started = time.perf_counter()
+        for name in names:
+            if name in self._files:
+                disk_cache().wait_for(self._files[name])
+        self.meter.stall_seconds += time.perf_counter() - started
+
+    def changed(self, block_ids: Sequence[int], names: Iterable[str] | None = None) -> None:
+        """Blocks were written in place, and all (or `names`) that is kept beside them: the disk is to have them."""
+        for name in self.arrays if names is None else names:
+            if name in self._files:
+                disk_cache().written(self._files[name], block_ids)
+
+    def forget_gradients(self, num_blocks: int) -> None:
+        """What is in the first blocks of their room is not wanted any more."""
+        if num_blocks and "gradients" in self._files:
+            disk_cache().forget(self._files["gradients"], num_blocks)
 
     @torch.no_grad()
     def load(self, rows_RWD: Tensor) -> None:
@@ -170,6 +249,7 @@ class RowStore:
         for first in range(0, self.num_rows, self.rows_per_block):
             part = slice(first, first + self.rows_per_block)
             self.arrays["rows"][part].copy_(rows_RWD[part])
+            self.changed([first // self.rows_per_block])
         self.forget_copies()
 
     def saved(self) -> Tensor:
@@ -177,4 +257,16 @@ class RowStore:
         if self.before_use is not None:
             self.before_use(None)
         self.write_back()
+        self.expect(in_order=True)
         return self.arrays["rows"].detach()
+
+
+def link(stores: Sequence[RowStore]) -> None:
+    """Tell stores in which order a model's layers come, so that each has the next one's rows read ahead."""
+    for index, store in enumerate(stores):
+        store._place = (index, len(stores))
+        store._neighbours = {}
+        if index:
+            store._neighbours["backward"] = stores[index - 1]
+        if index + 1 < len(stores):
+            store._neighbours["forward"] = stores[index + 1]

@@ -17,7 +17,9 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
+from threading import get_ident
 
 import torch
 from torch import Tensor
@@ -72,7 +74,7 @@ class RowChunks:
         self.bank, self.state = bank, RowState(bank, state_dtype)
         columns, is_cpu = 2 * bank.hidden_size, bank.device.type == "cpu"
         self.num_rows = max(1, CHUNK_BYTES // (4 * columns)) if is_cpu else 1 << 14
-        self._buffers = torch.empty(4, min(self.num_rows, bank.num_rows), columns, device=bank.device)
+        self._buffers = _buffers(min(self.num_rows, bank.num_rows), columns, bank.device, get_ident())
 
     @property
     def _rows_RC(self) -> Tensor:
@@ -95,6 +97,12 @@ class RowChunks:
             rows_SC = round_stochastically(rows_SC, generator)
         self._rows_RC.index_copy_(0, row_ids, rows_SC)
         self.state.write(row_ids, (first_SC, second_SC), generator)
+
+
+@lru_cache(maxsize=4)
+def _buffers(num_rows: int, columns: int, device: torch.device, thread: int) -> Tensor:
+    """One set for all layers that a thread updates in turn."""
+    return torch.empty(4, num_rows, columns, device=device)
 
 
 @torch.no_grad()

@@ -47,8 +47,7 @@ class StepGradients:
     def places(self, block_ids: Sequence[int], device: torch.device) -> tuple[list[Tensor], list[Tensor], list[bool]]:
         """Where the gradients of these blocks are to be added: for each (M, 2, D), its rows' flags (M,), and whether it
         is new to the step: then the place holds nothing yet and is to be written over."""
-        if self.holder.grad is None:
-            self.clear()
+        self.begin()
         new = [block for block in dict.fromkeys(block_ids) if block not in self._slot]
         is_new = set(new)
         for block in new:
@@ -56,6 +55,8 @@ class StepGradients:
             self.block_ids.append(block)
         num_slots = len(self.block_ids)
         self._make_room(num_slots, device)
+        self.store.wanted([self._slot[block] for block in block_ids], ("gradients",), to_write=True)
+        self.store.wait_for(("gradients",))
         if new:
             self._fired[num_slots - len(new) : num_slots] = False
         if new or self.holder.grad is None:
@@ -63,8 +64,22 @@ class StepGradients:
         slots = [self._slot[block] for block in block_ids]
         return [self._buffer[s] for s in slots], [self._fired[s] for s in slots], [b in is_new for b in block_ids]
 
+    def begin(self) -> None:
+        """A pass begins: what an optimizer or its user has done with is forgotten."""
+        if self.holder.grad is None and self.block_ids:
+            self.clear()
+
+    def changed(self, block_ids: Sequence[int]) -> None:
+        """Gradients of these blocks were added to; the disk, if they are there, is to have them in time."""
+        self.store.changed([self._slot[block] for block in block_ids], ("gradients",))
+
+    def read_ahead(self, slots: slice) -> None:
+        """Have the disk read gradients that an optimizer will come to soon."""
+        self.store.wanted(range(slots.start, slots.stop), ("gradients",))
+
     def clear(self) -> None:
         """Forget the step: its gradients were used, or are not wanted."""
+        self.store.forget_gradients(len(self.block_ids))
         self.block_ids, self._slot = [], {}
         self.holder.grad = None
         self.holder.data = self._buffer.new_zeros(0, *self._shape)
@@ -72,9 +87,12 @@ class StepGradients:
     def _make_room(self, num_slots: int, device: torch.device) -> None:
         if num_slots <= len(self._buffer) and self._buffer.device == device:
             return
-        room = min(self.store.num_blocks, max(num_slots, int(len(self._buffer) * _ROOM)))
-        buffer = torch.empty(room, *self._shape, device=device)
-        fired = torch.zeros(room, self.store.rows_per_block, dtype=torch.bool, device=device)
+        buffer = self.store.gradient_room(device)
+        if buffer is None:
+            room = min(self.store.num_blocks, max(num_slots, int(len(self._buffer) * _ROOM)))
+            buffer = torch.empty(room, *self._shape, device=device)
+        buffer = buffer.view(-1, *self._shape)
+        fired = torch.zeros(len(buffer), self.store.rows_per_block, dtype=torch.bool, device=device)
         if self._buffer.device == device:
             buffer[: len(self._buffer)] = self._buffer
             fired[: len(self._fired)] = self._fired

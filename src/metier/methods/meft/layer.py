@@ -62,6 +62,7 @@ class MeftLayer(nn.Module, BaseTunerLayer):
         for block in range(sizes.num_key_experts):
             keys_MD = torch.randn(sizes.rows_per_key_expert, self.hidden_size) * KEY_STD
             store.rows_NMWD[block, :, 0].copy_(keys_MD)
+            store.changed([block])
             router_ND[block] = scale * keys_MD.mean(0)
         self.stores[adapter_name], self.configs[adapter_name] = store, config
         device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from metier.errors import BaseMismatchError, ConfigError, DeltaError
+from metier.memory.row_store import link
 from metier.methods.meft.config import MeftConfig
 from metier.methods.meft.layer import CANNOT_MERGE, MeftLayer
 from metier.methods.meft.state import load_rows, with_rows
@@ -69,6 +70,7 @@ class MeftModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = [module for module in self.model.modules() if isinstance(module, MeftLayer)]
         self.peft_config[adapter_name].target_modules = [x.path for x in layers if adapter_name in x.stores]
+        link([layer.stores[adapter_name] for layer in layers if adapter_name in layer.stores])
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own looks for a single `weight`, which a block does not have

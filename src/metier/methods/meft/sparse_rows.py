@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metier.memory.disk_policy import Phase
 from metier.memory.row_store import RowStore
 from metier.memory.step_gradients import StepGradients
 from metier.methods.grouped import add_grouped_outer, grouped_matmul
@@ -79,9 +80,10 @@ class _Used:
         """Groups that are worked on at once: the first, the one after the last, and where their rows are."""
         self.store, self.keep = store, keep
 
-    def blocks(self, device: torch.device) -> list[Tensor]:
+    def blocks(self, device: torch.device, phase: Phase = "forward") -> list[Tensor]:
         """(M, 2, D) for each, in the dtype that is computed in."""
-        return [block.to(self.dtype) for block in self.store.blocks(self.block_ids, device, keep=self.keep)]
+        blocks = self.store.blocks(self.block_ids, device, keep=self.keep, phase=phase)
+        return [block.to(self.dtype) for block in blocks]
 
     def any_token(self, flags_TKM: Tensor) -> Tensor:
         """Which rows of the used Key-Experts some token has flagged, (A, M) bool."""
@@ -133,6 +135,7 @@ class _SparseRows(torch.autograd.Function):
         keep: bool,
     ) -> Tensor:
         store, device = gradients.store, hidden_TD.device
+        gradients.begin()
         with torch.autocast(device.type, enabled=False):
             used = _Used(hidden_TD, key_experts_TK, store, keep=keep)
             blocks = used.blocks(device)
@@ -162,7 +165,7 @@ class _SparseRows(torch.autograd.Function):
         order = used.order
         with torch.autocast(device.type, enabled=False):
             grad_TD = grad_TD.to(hidden_TD.dtype).contiguous()
-            blocks = used.blocks(device)
+            blocks = used.blocks(device, "backward")
             values = [block[:, 1].t() for block in blocks]
             grad_PM = hidden_TD.new_empty(len(order.token_P), products_TKM.shape[-1])
             for first, last, cut in used.cuts:
@@ -179,6 +182,7 @@ class _SparseRows(torch.autograd.Function):
                 # keys' gradients are those of the products times the inputs, values' the activations times the outputs'
                 for kind, left_PM, right_TD in ((0, grad_products_PM, hidden_TD), (1, active_PM, grad_TD)):
                     _add_row_gradients(used, left_PM, right_TD, [place[:, kind] for place in places], is_new)
+                ctx.gradients.changed(used.block_ids)
             grad_hidden_TD = None
             if wants_hidden:
                 keys = [block[:, 0] for block in blocks]

@@ -1,0 +1,217 @@
+"""What of the stores on disk is in memory: read ahead, written and given up on threads of its own.
+
+Mapped files need none of this to be right: the system pages them in and out. But it reads when somebody waits, it
+gives up by age, and under a limit on the process's memory it would rather kill the process than wait for changed pages
+to be written. Here what comes is known (`disk_policy.py`), so memory is kept a little below the limit, and the system
+never has to choose.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+from weakref import WeakSet
+
+from torch import Tensor
+
+from metier.memory.disk_policy import Kind, Phase, next_use, place
+from metier.memory.mapped_file import MappedFile
+from metier.memory.memory_limit import memory_limit_bytes
+from metier.memory.meter import Meter
+
+SHARE = 0.85
+"""Of the memory that the process may use: the rest is for what comes suddenly."""
+
+BATCH_BYTES = 64 << 20
+"""What is given up at once beyond what is needed."""
+
+MOST_ON_ITS_WAY_BYTES = 128 << 20
+"""How far the writing may be behind before somebody has to wait."""
+
+NUM_PROTECTED = 2
+"""What was asked for in so many calls is being used, or will be at once."""
+
+_MEMORY = Path("/proc/self/statm")
+
+
+class Layer(Protocol):
+    """Whose pieces a file has."""
+
+    @property
+    def layer_place(self) -> tuple[int, int]:
+        """Which of how many."""
+        ...
+
+
+@dataclass(eq=False, weakref_slot=True, slots=True)
+class CachedFile:
+    """A mapped file in pieces of one size, and which of them are in memory."""
+
+    file: MappedFile
+    kind: Kind
+    layer: Layer
+    meter: Meter
+    rows_per_piece: int
+    last_call: dict[int, int] = field(default_factory=dict)
+    """Pieces in memory and the call that asked for each last, the oldest first."""
+    changed: set[int] = field(default_factory=set)
+    stored: set[int] = field(default_factory=set)
+    """Pieces that the disk has; the others have never left memory, or hold nothing."""
+    reading: Future[Any] | None = None
+    """The last that the reader was given for it, until that is done; it takes all in turn."""
+
+    def part(self, piece: int) -> Tensor:
+        return self.file.tensor[piece * self.rows_per_piece : (piece + 1) * self.rows_per_piece]
+
+    @property
+    def piece_bytes(self) -> int:
+        return self.part(0).nbytes
+
+
+class DiskCache:
+    """Keeps account of pieces in memory, and gives up those that are wanted last when they are too many.
+
+    Args:
+        most_bytes: of pieces in memory; None leaves them what the process may use and has not taken otherwise.
+    """
+
+    def __init__(self, most_bytes: int | None = None) -> None:
+        self.most_bytes = most_bytes
+        self.num_bytes = 0
+        self._limit = memory_limit_bytes()
+        self._files: WeakSet[CachedFile] = WeakSet()
+        self._now = self._call = 0
+        self._reader = ThreadPoolExecutor(1, "metier-disk-read")
+        self._writer = ThreadPoolExecutor(1, "metier-disk-write")
+        self._on_their_way: deque[tuple[Future[None], int]] = deque()
+
+    def come_to(self, phase: Phase, layer: Layer) -> None:
+        """The step begins another part of its work."""
+        self._now = place(phase, *layer.layer_place)
+        self._call += 1
+
+    def wanted(self, file: CachedFile, pieces: Sequence[int], *, to_write: bool = False) -> None:
+        """These will be used soon: have them read if they are not in memory."""
+        missing = [piece for piece in pieces if piece not in file.last_call]
+        self._mark(file, pieces)
+        # room is made before anything is read into it
+        self._make_room()
+        if missing:
+            file.meter.bytes_from_disk += len(file.stored.intersection(missing)) * file.piece_bytes
+            file.reading = self._reader.submit(_read, file, missing, to_write)
+
+    def wait_for(self, file: CachedFile) -> None:
+        """All that is wanted of a file is in memory; who touched it before would get it page by page."""
+        if file.reading is not None:
+            file.reading.result()
+            file.reading = None
+
+    def written(self, file: CachedFile, pieces: Sequence[int]) -> None:
+        """These have changed."""
+        self._mark(file, pieces)
+        file.changed.update(pieces)
+        self._make_room()
+
+    def forget(self, file: CachedFile, num_pieces: int) -> None:
+        """The numbers of the first pieces are not wanted any more; who writes there next waits for this first."""
+        for piece in range(num_pieces):
+            if file.last_call.pop(piece, None) is not None:
+                self.num_bytes -= file.piece_bytes
+            file.changed.discard(piece)
+            file.stored.discard(piece)
+        file.reading = self._reader.submit(file.file.give_up, file.file.tensor[: num_pieces * file.rows_per_piece])
+
+    def room_bytes(self) -> int:
+        """What pieces in memory may take."""
+        if self.most_bytes is not None:
+            return self.most_bytes
+        return max(BATCH_BYTES, int(SHARE * self._limit) - _own_bytes())
+
+    def _mark(self, file: CachedFile, pieces: Sequence[int]) -> None:
+        self._files.add(file)
+        for piece in pieces:
+            if file.last_call.pop(piece, None) is None:
+                self.num_bytes += file.piece_bytes
+            file.last_call[piece] = self._call
+
+    def _make_room(self) -> None:
+        room = self.room_bytes()
+        if self.num_bytes <= room:
+            return
+        self._count()
+        clean: list[tuple[CachedFile, int]] = []
+        dirty: list[tuple[CachedFile, int]] = []
+        for file in sorted(self._files, key=self._next_use, reverse=True):
+            for piece, call in list(file.last_call.items()):
+                if self.num_bytes <= room - BATCH_BYTES or call > self._call - NUM_PROTECTED:
+                    break
+                del file.last_call[piece]
+                self.num_bytes -= file.piece_bytes
+                if piece in file.changed:
+                    file.changed.remove(piece)
+                    file.stored.add(piece)
+                    file.meter.bytes_to_disk += file.piece_bytes
+                    dirty.append((file, piece))
+                else:
+                    clean.append((file, piece))
+        if clean:
+            self._reader.submit(_drop, clean)
+        if dirty:
+            num_bytes = sum(file.piece_bytes for file, _ in dirty)
+            self._on_their_way.append((self._writer.submit(_write_and_drop, dirty), num_bytes))
+        while sum(size for _, size in self._on_their_way) > MOST_ON_ITS_WAY_BYTES:
+            self._on_their_way.popleft()[0].result()
+
+    def _count(self) -> None:
+        """Files that are gone have no pieces any more."""
+        self.num_bytes = sum(len(file.last_call) * file.piece_bytes for file in self._files)
+
+    def _next_use(self, file: CachedFile) -> int:
+        return next_use(file.kind, *file.layer.layer_place, self._now)
+
+
+def _read(file: CachedFile, pieces: Sequence[int], to_write: bool) -> None:
+    # all are on their way before the first is waited for
+    for piece in pieces:
+        file.file.read_ahead(file.part(piece))
+    for piece in pieces:
+        file.file.make_present(file.part(piece), to_write=to_write)
+
+
+def _drop(pieces: Sequence[tuple[CachedFile, int]]) -> None:
+    for file, piece in pieces:
+        file.file.unmap(file.part(piece))
+        file.file.drop(file.part(piece))
+
+
+def _write_and_drop(pieces: Sequence[tuple[CachedFile, int]]) -> None:
+    for file, piece in pieces:
+        # the system would take the right to write away page by page, and tell every core of each
+        file.file.unmap(file.part(piece))
+    # all are under way before the first is waited for
+    for wait in (False, True):
+        for file, piece in pieces:
+            file.file.write_behind(file.part(piece), wait=wait)
+    for file, piece in pieces:
+        file.file.drop(file.part(piece))
+
+
+def _own_bytes() -> int:
+    """What the process holds that is in no file."""
+    try:
+        _, resident, in_files, *_ = map(int, _MEMORY.read_text(encoding="ascii").split())
+    except OSError:
+        return 0
+    return (resident - in_files) * mmap.PAGESIZE
+
+
+@cache
+def disk_cache() -> DiskCache:
+    """The process's own."""
+    return DiskCache()
