@@ -223,3 +223,17 @@ def test_the_file_is_utf8_and_its_folder_is_made(run: ReportData, tmp_path: Path
     path = write_report(tmp_path / "runs" / "a" / "report.html", run)
     assert path.read_text(encoding="utf-8") == render(run)
     assert path.stat().st_size < 100_000
+
+
+def test_a_sparse_adapters_rows_are_drawn_and_summed_up(changed: Callable[..., ReportData]) -> None:
+    lines = [
+        {"step": step, "loss": 1.0, "rows_updated": 100 * step, "key_expert_load_max": 2.0, "row_bytes_from_disk": 3e9}
+        for step in (1, 2, 3)
+    ]
+    page = render(changed(metrics={"meft": lines}))
+    assert "Rows" in page
+    assert "largest load of a Key-Expert" in page
+    cells = page[page.index("mean of a step") :]
+    assert "200" in cells
+    assert "3.0 GB" in cells or "3.00 GB" in cells
+    assert "mean of a step" not in render(changed(metrics={"esft": [{"step": 1, "loss": 1.0}]}))

@@ -126,3 +126,10 @@ def test_transformers_trainer_trains_saves_and_resumes_it(tmp_path: Path) -> Non
 def test_an_optimizer_that_knows_no_stores_is_refused_with_the_one_that_does(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="optimizer_cls_and_kwargs=\\(RowAdamW"):
         trainer_of(wrapped(), tmp_path).train()
+
+
+def test_a_run_leaves_a_report_of_its_rows(configure: Configure, console: Console) -> None:
+    folder = train(configure(**MEFT), console=console).folder
+    page = (folder / "report.html").read_text()
+    assert "rows updated" in page
+    assert "metier train: run" in page

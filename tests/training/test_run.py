@@ -41,7 +41,7 @@ def test_a_run_leaves_the_folder_of_the_design(configure: Configure, console: Co
     names = {path.name for path in result.folder.iterdir()}
     assert names == {
         "run.yaml", "profile.safetensors", "profile.json", "selection.json", "plan.json", "metrics.jsonl",
-        "checkpoints", "adapter",
+        "checkpoints", "adapter", "report.html",
     }  # fmt: skip
     assert load_run_config(result.folder / "run.yaml") == config
     rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]

@@ -10,6 +10,7 @@ from metier.reports.headline import headline
 from metier.reports.markup import Markup, join, tag
 from metier.reports.quality import general, quality
 from metier.reports.routing import routing
+from metier.reports.rows import rows
 from metier.reports.samples import samples
 from metier.reports.settings import settings
 from metier.reports.training import training
@@ -56,7 +57,7 @@ def page(title: str, content: Markup, *, version: str | None, note: str) -> str:
     return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
 
 
-_PARTS = (headline, routing, training, quality, general, cost, samples, settings)
+_PARTS = (headline, routing, training, rows, quality, general, cost, samples, settings)
 
 
 def _header(data: ReportData) -> Markup:

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +23,8 @@ from metier.reports.data import ReportData
 from metier.reports.html import write_report
 from metier.routing.profile import RoutingProfile
 from metier.routing.selection import ExpertSelection
+from metier.training.folder import RunFolder
+from metier.training.report import package_versions, read_metrics, routing_data
 from metier.training.run import RunResult, train
 from metier.training.selecting import selection_config
 
@@ -132,32 +133,22 @@ def _report_data(
     total_parameters: int,
     seed: int,
 ) -> ReportData:
-    profile = RoutingProfile.load(root)
     config = demo_config("esft", task, root, seed)
     folders = {"esft": root, **{name: root / "baselines" / name for name in evaluations if name in ("full", "lora")}}
+    routing = routing_data(RunFolder(root), config, selection)
+    routing["reliability"] = RoutingProfile.load(root).reliability(selection_config(config))
     return ReportData(
         title=f"metier demo: {task}",
         model="embedded",
         task=task,
         task_description=load_task(task).description,
-        scores_LE=profile.scores_LE(config.score).tolist(),
-        layer_ids=profile.layer_ids,
-        score_name=config.score,
-        top_p=config.top_p,
-        top_k=profile.top_k,
-        selected=selection.experts,
-        reliability=profile.reliability(selection_config(config)),
-        num_profiled_tokens=profile.num_tokens,
-        metrics={name: _metrics(folder / "metrics.jsonl") for name, folder in folders.items()},
+        **routing,
+        metrics={name: read_metrics(RunFolder(folder).metrics) for name, folder in folders.items()},
         evaluations=evaluations,
         rows=rows,
         total_parameters=total_parameters,
         model_bytes=sum(path.stat().st_size for path in embedded.model_path().glob("*.safetensors")),
         config=asdict(config),
-        versions={name: version(name) for name in ("metier", "torch", "transformers", "peft", "trl")},
+        versions=package_versions(),
         command=f"metier demo {task} --seed {seed}",
     )
-
-
-def _metrics(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -12,6 +12,7 @@ from pathlib import Path
 import peft
 import torch
 from rich.console import Console
+from torch.utils.serialization import config as serialization
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from metier.config import RunConfig
@@ -36,6 +37,7 @@ from metier.training.callbacks import (
 from metier.training.checkpoints import MarkCheckpoints, find_checkpoint
 from metier.training.folder import RunFolder, open_folder
 from metier.training.plan import TrainingPlan, training_plan
+from metier.training.report import write_run_report
 from metier.training.selecting import run_selection, selection_config
 from metier.training.trainer import make_trainer
 from metier.training.wrapping import meft_config, selects_experts, wrap
@@ -125,13 +127,16 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
         ],
     )
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    # a checkpoint may be larger than memory where rows lie on disk: it is mapped, not read
+    with serialization.patch("load.mmap", True):  # type: ignore[attr-defined]
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, peak = time.monotonic() - started, peak_memory_bytes()
     _save(model, loaded.tokenizer, folder)
     # the adapter has them all
     shutil.rmtree(folder.rows, ignore_errors=True)
     plan.save(folder.plan, {"train_seconds": seconds, "peak_memory_bytes": peak})
-    console.print(f"Trained in {seconds:.0f} s; the delta is {folder.adapter}")
+    write_run_report(folder, config, selection, num_parameters=plan.num_trained + plan.num_frozen)
+    console.print(f"Trained in {seconds:.0f} s; the delta is {folder.adapter}, the report {folder.report}")
     return RunResult(folder.root, model, loaded.tokenizer, plan, selection, seconds, peak)
 
 

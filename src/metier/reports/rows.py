@@ -1,0 +1,69 @@
+"""How the rows of a sparse adapter were used: how many a step, how evenly, and what was moved for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from metier.reports import units
+from metier.reports.blocks import color_of, method_names, section, table
+from metier.reports.data import ReportData, method_title
+from metier.reports.markup import Child, Markup, join, tag
+from metier.reports.plots import Line, line_chart
+
+_MARK = "rows_updated"
+_BYTES = {
+    "to the device": "row_bytes_to_device",
+    "back": "row_bytes_from_device",
+    "from the disk": "row_bytes_from_disk",
+    "to the disk": "row_bytes_to_disk",
+}
+
+
+def rows(data: ReportData) -> Markup:
+    """Rows that each step updated and the largest load of a Key-Expert; nothing for a run without such an adapter."""
+    logged = {name: [line for line in lines if _MARK in line] for name, lines in data.metrics.items()}
+    logged = {name: lines for name, lines in logged.items() if lines}
+    if not logged:
+        return join(())
+    names = method_names(data)
+    charts = [
+        line_chart(
+            [Line(name=method_title(n), points=_points(x, key), color=color_of(n, names)) for n, x in logged.items()],
+            x_title="step",
+            y_title=title,
+            label=f"{title} over training steps.",
+        )
+        for key, title in ((_MARK, "rows updated"), ("key_expert_load_max", "largest load of a Key-Expert"))
+    ]
+    head: list[Child] = ["mean of a step", "rows updated", "Key-Experts unused", *_BYTES, "hits", "waiting"]
+    body: list[list[Child]] = [
+        [
+            method_title(name),
+            units.count(round(_mean(lines, _MARK))),
+            units.share(_mean(lines, "key_experts_unused"), digits=1),
+            *(units.size(round(_mean(lines, key))) for key in _BYTES.values()),
+            units.share(_mean(lines, "row_cache_hit_rate"), digits=1),
+            units.duration(_mean(lines, "row_stall_seconds")),
+        ]
+        for name, lines in logged.items()
+    ]
+    return section(
+        "Rows",
+        tag("div", *charts, class_="pair"),
+        table(head, body),
+        lead="Of all layers. A Key-Expert's load is its tokens over the mean Key-Expert's; 1 everywhere is even.",
+    )
+
+
+def _points(lines: Sequence[Mapping[str, object]], key: str) -> list[tuple[float, float]]:
+    return [(_number(line, "step"), _number(line, key)) for line in lines]
+
+
+def _mean(lines: Sequence[Mapping[str, object]], key: str) -> float:
+    return fmean(_number(line, key) for line in lines)
+
+
+def _number(line: Mapping[str, object], key: str) -> float:
+    value = line.get(key, 0.0)
+    return float(value) if isinstance(value, int | float) else 0.0

@@ -1,0 +1,70 @@
+"""The report of one run, from what lies in its folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from metier.config import RunConfig
+from metier.reports.data import ReportData
+from metier.reports.html import write_report
+from metier.routing.routing_profile import RoutingProfile
+from metier.routing.selection import ExpertSelection
+from metier.training.folder import RunFolder
+from metier.training.selecting import selection_config
+
+_PACKAGES = ("metier", "torch", "transformers", "peft", "trl")
+
+
+def write_run_report(
+    folder: RunFolder, config: RunConfig, selection: ExpertSelection | None, *, num_parameters: int
+) -> Path:
+    """Write `report.html`: routing and selection, losses, a sparse adapter's rows, settings.
+
+    Args:
+        folder: of the run, which is over.
+        config: of the run.
+        selection: what was trained, if experts were selected.
+        num_parameters: of the model, what is trained included.
+    """
+    data = ReportData(
+        title=f"metier train: {folder.root.name}",
+        model=config.model,
+        task=Path(config.dataset).name,
+        metrics={config.method: read_metrics(folder.metrics)},
+        total_parameters=num_parameters,
+        config=asdict(config),
+        versions=package_versions(),
+        command=f"metier train {folder.config}",
+        **routing_data(folder, config, selection),
+    )
+    return write_report(folder.report, data)
+
+
+def routing_data(folder: RunFolder, config: RunConfig, selection: ExpertSelection | None) -> dict[str, Any]:
+    """What a report shows of a run's routing; empty where it was not profiled, or not scored by routing alone."""
+    is_profiled = folder.root.joinpath("profile.safetensors").exists()
+    if selection is None or not is_profiled or config.score == "output_norm":
+        return {}
+    profile = RoutingProfile.load(folder.root)
+    return {
+        "scores_LE": profile.scores_LE(config.score).tolist(),
+        "layer_ids": profile.layer_ids,
+        "score_name": config.score,
+        "top_p": selection_config(config).top_p,
+        "top_k": profile.top_k,
+        "selected": selection.experts,
+        "num_profiled_tokens": profile.num_tokens,
+    }
+
+
+def read_metrics(path: Path) -> list[dict[str, object]]:
+    """The lines of a metrics.jsonl; none where nothing was logged."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def package_versions() -> dict[str, str]:
+    return {name: version(name) for name in _PACKAGES}
