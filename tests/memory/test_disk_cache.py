@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from metier.memory import RowStore, row_store
+from metier.memory import RowAdamW, RowStore, row_store
 from metier.memory.disk_cache import BATCH_BYTES, CachedFile, DiskCache
 from metier.memory.mapped_file import create_mapped
 from metier.memory.meter import Meter
@@ -101,6 +101,32 @@ def test_what_is_in_use_is_never_given_up(cache, file):
     cache.come_to("forward", one.layer)
     cache.wanted(one, range(PIECES))
     assert len(one.last_call) == PIECES
+
+
+def test_rows_larger_than_the_room_are_loaded_within_it(cache, tmp_path, monkeypatch):
+    """Nothing has announced them, and no step has begun."""
+    monkeypatch.setattr(row_store, "disk_cache", lambda: cache)
+    store = RowStore(PIECES, ROWS, 512, tier="disk", folder=tmp_path)
+    rows_RWD = torch.arange(PIECES * ROWS * 1024.0).view(PIECES * ROWS, 2, 512)
+    store.load(rows_RWD)
+    assert cache.num_bytes <= cache.room_bytes()
+    settle(cache)
+    assert torch.equal(store.saved(), rows_RWD)
+
+
+def test_updates_that_all_blocks_are_owed_are_done_within_the_room(cache, tmp_path, monkeypatch):
+    """As before a checkpoint: each group of blocks may go when the next one comes."""
+    monkeypatch.setattr(row_store, "disk_cache", lambda: cache)
+    monkeypatch.setattr("metier.memory.row_adamw.GROUP_BYTES", 1)
+    cache.most_bytes *= 4  # rows and both moments of a few blocks
+    gradients = StepGradients(RowStore(4 * PIECES, ROWS, 512, tier="disk", folder=tmp_path))
+    optimizer = RowAdamW([gradients.holder], weight_decay=0.1, mode="exact")
+    gradients.store.rows_NMWD.fill_(1)
+    gradients.places([0], torch.device("cpu"))[0][0].fill_(1)
+    optimizer.step()
+    optimizer.state_dict()
+    assert cache.num_bytes <= cache.room_bytes()
+    assert gradients.store.rows_NMWD[1:].lt(1).all(), "all have decayed"
 
 
 def test_what_is_wanted_is_there_once_it_was_waited_for(cache, file):

@@ -99,7 +99,7 @@ class DiskCache:
     def wanted(self, file: CachedFile, pieces: Sequence[int], *, to_write: bool = False) -> None:
         """These will be used soon: have them read if they are not in memory."""
         missing = [piece for piece in pieces if piece not in file.last_call]
-        self._mark(file, pieces)
+        self._mark(file, pieces, self._call)
         # room is made before anything is read into it
         self._make_room()
         if missing:
@@ -113,8 +113,9 @@ class DiskCache:
             file.reading = None
 
     def written(self, file: CachedFile, pieces: Sequence[int]) -> None:
-        """These have changed."""
-        self._mark(file, pieces)
+        """These have changed. Those that were not announced, as when rows are made or loaded, nobody is waiting for."""
+        unannounced = [piece for piece in pieces if piece not in file.last_call]
+        self._mark(file, unannounced, self._call - NUM_PROTECTED)
         file.changed.update(pieces)
         self._make_room()
 
@@ -133,12 +134,12 @@ class DiskCache:
             return self.most_bytes
         return max(BATCH_BYTES, int(SHARE * self._limit) - _own_bytes())
 
-    def _mark(self, file: CachedFile, pieces: Sequence[int]) -> None:
+    def _mark(self, file: CachedFile, pieces: Sequence[int], call: int) -> None:
         self._files.add(file)
         for piece in pieces:
             if file.last_call.pop(piece, None) is None:
                 self.num_bytes += file.piece_bytes
-            file.last_call[piece] = self._call
+            file.last_call[piece] = call
 
     def _make_room(self) -> None:
         room = self.room_bytes()

@@ -241,6 +241,9 @@ class _TrainedRows:
         for first in range(0, len(wanted), self._num_together):
             group = wanted[first : first + self._num_together]
             owed = self._owed(group)
+            if block_ids is None:
+                # of all blocks those done with may be given up; a pass is in need of all that it asks for
+                self.store.come_to("optimizer")
             self.store.wanted(owed, self.store.arrays, to_write=True)
             self.store.wait_for(self.store.arrays)
             for bank, _, places in self._where(group):
