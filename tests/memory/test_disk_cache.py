@@ -73,6 +73,7 @@ def test_changed_pieces_that_are_given_up_are_written_and_leave_memory(cache, fi
     one = file("rows", "rows")
     one.file.tensor.copy_(torch.arange(PIECES * ROWS)[:, None].expand(-1, 1024))
     cache.written(one, range(PIECES))
+    settle(cache)
     begin(cache, one)
     cache.wanted(one, [0])
     settle(cache)

@@ -199,8 +199,8 @@ def _write_and_drop(pieces: Sequence[tuple[CachedFile, int]]) -> None:
     for wait in (False, True):
         for file, piece in pieces:
             file.file.write_behind(file.part(piece), wait=wait)
-    for file, piece in pieces:
-        file.file.drop(file.part(piece))
+    # whoever touched a neighbour meanwhile may have mapped some of their pages again
+    _drop(pieces)
 
 
 def _own_bytes() -> int:
