@@ -66,12 +66,13 @@ class CachedFile:
     reading: Future[Any] | None = None
     """The last that the reader was given for it, until that is done; it takes all in turn."""
 
+    piece_bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.piece_bytes = self.part(0).nbytes
+
     def part(self, piece: int) -> Tensor:
         return self.file.tensor[piece * self.rows_per_piece : (piece + 1) * self.rows_per_piece]
-
-    @property
-    def piece_bytes(self) -> int:
-        return self.part(0).nbytes
 
 
 class DiskCache:

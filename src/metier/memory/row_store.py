@@ -83,7 +83,8 @@ class RowStore:
         self.last_used: Sequence[int] = ()
         """The blocks that were asked for last; the next pass will ask for much the same."""
         self._neighbours: dict[Phase, RowStore] = {}
-        self._place = (0, 1)
+        self.layer_place = (0, 1)
+        """Which store this is of those that a step passes through, and how many they are."""
         self._gradients: Tensor | None = None
         self._is_read_through = False
         self.add_array("rows", (self.num_rows, 2, hidden_size), dtype)
@@ -192,11 +193,6 @@ class RowStore:
         if self.on_device is not None:
             self.on_device.forget()
 
-    @property
-    def layer_place(self) -> tuple[int, int]:
-        """Which store this is of those that a step passes through, and how many they are."""
-        return self._place
-
     def come_to(self, phase: Phase) -> None:
         """A step begins with this store's part in a phase."""
         if self.tier == "disk":
@@ -264,7 +260,7 @@ class RowStore:
 def link(stores: Sequence[RowStore]) -> None:
     """Tell stores in which order a model's layers come, so that each has the next one's rows read ahead."""
     for index, store in enumerate(stores):
-        store._place = (index, len(stores))
+        store.layer_place = (index, len(stores))
         store._neighbours = {}
         if index:
             store._neighbours["backward"] = stores[index - 1]

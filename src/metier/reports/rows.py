@@ -10,6 +10,7 @@ from metier.reports.blocks import color_of, method_names, section, table
 from metier.reports.data import ReportData, method_title
 from metier.reports.markup import Child, Markup, join, tag
 from metier.reports.plots import Line, line_chart
+from metier.reports.training import points_of
 
 _MARK = "rows_updated"
 _BYTES = {
@@ -29,7 +30,10 @@ def rows(data: ReportData) -> Markup:
     names = method_names(data)
     charts = [
         line_chart(
-            [Line(name=method_title(n), points=_points(x, key), color=color_of(n, names)) for n, x in logged.items()],
+            [
+                Line(name=method_title(n), points=points_of(x, key)[0], color=color_of(n, names))
+                for n, x in logged.items()
+            ],
             x_title="step",
             y_title=title,
             label=f"{title} over training steps.",
@@ -56,14 +60,6 @@ def rows(data: ReportData) -> Markup:
     )
 
 
-def _points(lines: Sequence[Mapping[str, object]], key: str) -> list[tuple[float, float]]:
-    return [(_number(line, "step"), _number(line, key)) for line in lines]
-
-
 def _mean(lines: Sequence[Mapping[str, object]], key: str) -> float:
-    return fmean(_number(line, key) for line in lines)
-
-
-def _number(line: Mapping[str, object], key: str) -> float:
-    value = line.get(key, 0.0)
-    return float(value) if isinstance(value, int | float) else 0.0
+    values = [value for _, value in points_of(lines, key)[0]]
+    return fmean(values) if values else 0.0

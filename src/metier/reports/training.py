@@ -24,8 +24,8 @@ def training(data: ReportData) -> Markup:
     num_skipped = 0
     for name, rows in data.metrics.items():
         color, shown = color_of(name, names), method_title(name)
-        points, skipped = _points(rows, "loss")
-        evaluated, skipped_too = _points(rows, "eval_loss")
+        points, skipped = points_of(rows, "loss")
+        evaluated, skipped_too = points_of(rows, "eval_loss")
         num_skipped += skipped + skipped_too
         if len(points) > _STEPS_TO_SMOOTH:
             lines.append(Line(name="", points=points, color=color, kind="faint"))
@@ -50,7 +50,8 @@ def _at_end(points: Sequence[tuple[float, float]], axis: int) -> str:
     return units.number(points[-1][axis] if points else None, digits=3 * axis)
 
 
-def _points(rows: Sequence[Mapping[str, object]], key: str) -> tuple[list[tuple[float, float]], int]:
+def points_of(rows: Sequence[Mapping[str, object]], key: str) -> tuple[list[tuple[float, float]], int]:
+    """Steps and what was logged under `key`; and how many values are not finite, which are left out."""
     points, num_skipped = [], 0
     for row in rows:
         step, value = row.get("step"), row.get(key)

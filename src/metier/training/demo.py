@@ -21,12 +21,10 @@ from metier.models.load import load
 from metier.reports.console import comparison_table
 from metier.reports.data import ReportData
 from metier.reports.html import write_report
-from metier.routing.profile import RoutingProfile
 from metier.routing.selection import ExpertSelection
-from metier.training.folder import RunFolder
-from metier.training.report import package_versions, read_metrics, routing_data
+from metier.training.folder import RunFolder, package_versions
+from metier.training.report import read_metrics, routing_data
 from metier.training.run import RunResult, train
-from metier.training.selecting import selection_config
 
 Method = Literal["esft", "full", "lora"]
 
@@ -135,14 +133,12 @@ def _report_data(
 ) -> ReportData:
     config = demo_config("esft", task, root, seed)
     folders = {"esft": root, **{name: root / "baselines" / name for name in evaluations if name in ("full", "lora")}}
-    routing = routing_data(RunFolder(root), config, selection)
-    routing["reliability"] = RoutingProfile.load(root).reliability(selection_config(config))
     return ReportData(
         title=f"metier demo: {task}",
         model="embedded",
         task=task,
         task_description=load_task(task).description,
-        **routing,
+        **routing_data(RunFolder(root), config, selection),
         metrics={name: read_metrics(RunFolder(folder).metrics) for name, folder in folders.items()},
         evaluations=evaluations,
         rows=rows,

@@ -91,12 +91,18 @@ def open_folder(config: RunConfig) -> RunFolder:
     return folder
 
 
-def _header() -> str:
-    """The versions that a run was made with, as comments: the file itself is a configuration to run again."""
-    lines = [f"# python {platform.python_version()}, {platform.platform()}"]
+def package_versions() -> dict[str, str]:
+    """What a run is made with; a package may run from its source without being installed."""
+    found = {}
     for package in _PACKAGES:
         try:
-            lines.append(f"# {package} {version(package)}")
+            found[package] = version(package)
         except PackageNotFoundError:
-            lines.append(f"# {package} (not installed as a package)")
-    return "\n".join(lines) + "\n"
+            found[package] = "(not installed as a package)"
+    return found
+
+
+def _header() -> str:
+    """The versions that a run was made with, as comments: the file itself is a configuration to run again."""
+    packages = [f"# {package} {found}" for package, found in package_versions().items()]
+    return "\n".join([f"# python {platform.python_version()}, {platform.platform()}", *packages]) + "\n"

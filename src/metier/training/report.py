@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from metier.config import RunConfig
 from metier.reports.data import ReportData
 from metier.reports.html import write_report
+from metier.routing.profile_files import TENSORS_FILE
 from metier.routing.routing_profile import RoutingProfile
 from metier.routing.selection import ExpertSelection
-from metier.training.folder import RunFolder
+from metier.training.folder import RunFolder, package_versions
 from metier.training.selecting import selection_config
-
-_PACKAGES = ("metier", "torch", "transformers", "peft", "trl")
 
 
 def write_run_report(
@@ -46,17 +44,19 @@ def write_run_report(
 
 def routing_data(folder: RunFolder, config: RunConfig, selection: ExpertSelection | None) -> dict[str, Any]:
     """What a report shows of a run's routing; empty where it was not profiled, or not scored by routing alone."""
-    is_profiled = folder.root.joinpath("profile.safetensors").exists()
-    if selection is None or not is_profiled or config.score == "output_norm":
+    is_by_routing = config.score != "output_norm" and not config.minus_general
+    if selection is None or not is_by_routing or not (folder.root / TENSORS_FILE).exists():
         return {}
-    profile = RoutingProfile.load(folder.root)
+    profile, wanted = RoutingProfile.load(folder.root), selection_config(config)
     return {
         "scores_LE": profile.scores_LE(config.score).tolist(),
         "layer_ids": profile.layer_ids,
         "score_name": config.score,
-        "top_p": selection_config(config).top_p,
+        "top_p": wanted.top_p,
         "top_k": profile.top_k,
         "selected": selection.experts,
+        # what a budget picks depends on the experts' sizes, which a folder does not say
+        "reliability": None if wanted.budget_bytes is not None else profile.reliability(wanted),
         "num_profiled_tokens": profile.num_tokens,
     }
 
@@ -64,7 +64,3 @@ def routing_data(folder: RunFolder, config: RunConfig, selection: ExpertSelectio
 def read_metrics(path: Path) -> list[dict[str, object]]:
     """The lines of a metrics.jsonl; none where nothing was logged."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def package_versions() -> dict[str, str]:
-    return {name: version(name) for name in _PACKAGES}
