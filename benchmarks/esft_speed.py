@@ -239,9 +239,9 @@ def memory_report() -> str:
     """What the process takes against what tensors take, with an allocator that keeps memory and one that does not."""
     lines = ["# Memory of ESFT", "", "    python benchmarks/esft_speed.py --memory", ""]
     lines += [
-        "The model and the steps of [esft_speed.md](esft_speed.md). A process takes more than its tensors do: glibc keeps",
-        "freed blocks for later ones, which do not always fit. In bytes that must exist: the gradients and moments of the",
-        "selected rows, and what autograd keeps. They do not all exist at once, so tensors can stay below.",
+        "The model and the steps of [esft_speed.md](esft_speed.md). A process takes more than its tensors do: glibc",
+        "keeps freed blocks for later ones, which do not always fit. In bytes that must exist: gradients and moments",
+        "of the selected rows, and what autograd keeps. They do not all exist at once, so tensors can stay below.",
         "",
         "| side | glibc | median s | must exist, MiB | tensors at most | process at most |",
         "|-|-|-|-|-|-|",

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from metier.config import RunConfig, describe_fields, load_run_config
+from metier.config import RunConfig
+from metier.config_reading import describe_fields, load_run_config
 from metier.errors import ConfigError
 
 REQUIRED = ["--model", "embedded", "--dataset", "a.jsonl", "--output_dir", "runs/a"]

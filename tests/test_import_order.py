@@ -19,7 +19,7 @@ ORDER = (
     ("routing", "memory"),
     ("data",),
     ("models",),
-    ("embedded", "config"),
+    ("embedded", "config", "config_reading"),
     ("errors",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

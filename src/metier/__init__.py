@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from metier.deltas.merge import merge
     from metier.deltas.verify import verify
     from metier.evaluation.evaluate import evaluate
+    from metier.memory.frozen_model import load_frozen
     from metier.methods.esft import EsftConfig
     from metier.methods.expert_lora import ExpertLoraConfig
     from metier.models.load import load
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "load",
+    "load_frozen",
     "moe_layers",
     "MoELayer",
     "profile",
@@ -68,6 +70,7 @@ __all__ = [
 
 _HOMES = {
     "load": "metier.models.load",
+    "load_frozen": "metier.memory.frozen_model",
     "moe_layers": "metier.models.moe",
     "MoELayer": "metier.models.moe",
     "profile": "metier.routing.profile",

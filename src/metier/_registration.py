@@ -8,6 +8,7 @@ is there already, they are registered at once.
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -52,6 +53,9 @@ class _RegisteringLoader(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        # PEFT imports bitsandbytes where it is installed, which then says in every process that it lacks a kernel for
+        # generation
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         self._loader.exec_module(module)
         # everything after the import of peft sees its ordinary loader again
         if module.__spec__ is not None:

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from metier.config import RunConfig, describe_fields, load_run_config
+from metier.config import RunConfig
+from metier.config_reading import describe_fields, load_run_config
 from metier.errors import MetierError
 
 app = typer.Typer(
@@ -391,11 +392,10 @@ def compose(
 def _preview(config: RunConfig) -> None:
     from metier.data.preview import preview
     from metier.data.records import load_records
-    from metier.models.load import load
-    from metier.training.run import encode_for
+    from metier.training.run import encode_for, load_base
 
     records = load_records(config.dataset)
-    loaded = load(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    loaded = load_base(config)
     _print(preview(encode_for(loaded, records, config), loaded.tokenizer))
 
 

@@ -98,18 +98,18 @@ class _Chain:
         self.base, self.adapter, self.merged = folder / "base", folder / "adapter", folder / "merged"
         self.tokens_file = folder / "tokens.pt"
         self.class_name = self.layout = ""
-        self.inputs = {"input_ids": _tokens(seed=7)}
+        self.inputs = {"input_ids": random_tokens(seed=7)}
 
     def load(self) -> None:
         """A tiny random base is saved as its publisher would, and loaded by metier."""
         kind = model_type(self.family)
         assert kind is not None, f"{self.family} has no model for language"
-        made = _made(tiny_config(kind))
+        made = made_model(tiny_config(kind))
         self.class_name = type(made).__name__
         made.save_pretrained(self.base)
         tiny_tokenizer().save_pretrained(self.base)
         if made.config.is_encoder_decoder:
-            self.inputs["decoder_input_ids"] = _tokens(seed=8)
+            self.inputs["decoder_input_ids"] = random_tokens(seed=8)
         torch.save(self.inputs, self.tokens_file)
         self.loaded = metier.load(self.base)
         self.model = self.loaded.model
@@ -152,7 +152,7 @@ class _Chain:
         trained = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.5)
         for step in range(3):
-            ids_BS = _tokens(seed=step)
+            ids_BS = random_tokens(seed=step)
             self.wrapped(input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), labels=ids_BS).loss.backward()
             for parameter in trained:
                 assert parameter.grad is not None, "a trained row has no gradient"
@@ -207,7 +207,7 @@ class _Chain:
         assert got <= TOLERANCE, f"the logits differ by {got:.1e} of the largest, expected at most {TOLERANCE:.0e}"
 
 
-def _made(config: PreTrainedConfig) -> PreTrainedModel:
+def made_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A random model, if it is tiny: a size that `tiny_config` does not know may make it the real one."""
     kind = type(config)
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -244,7 +244,7 @@ def _record(text: str) -> Record:
     return Record(messages=messages, origin="families")
 
 
-def _tokens(seed: int) -> Tensor:
+def random_tokens(seed: int) -> Tensor:
     return torch.randint(6, VOCAB_SIZE, (4, 33), generator=torch.Generator().manual_seed(seed))
 
 

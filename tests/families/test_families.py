@@ -6,13 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from families.chain import STEPS, run_chain
+import metier
+from families.chain import STEPS, made_model, random_tokens, run_chain
 from families.configs import tiny_config
 from families.discovery import contract_families, foreign_families, model_type
 from families.fresh import FreshProcesses
 from families.page import PAGE, row
 from families.unsupported import UNSUPPORTED
+from metier.memory.frozen_model import frozen_weights
+from tiny_models import tiny_tokenizer
 
 UNLIKE = (
     "aria",  # multimodal; transposed
@@ -50,6 +54,28 @@ def test_the_chain_comes_as_far_as_the_support_page_says(
     elif result.error is not None:
         raise AssertionError(f"{family} stopped at {STEPS[result.num_passed]!r}: {result.reason}") from result.error
     assert row(result) in _page(), "docs/support.md is out of date: run `python scripts/support_page.py`"
+
+
+STORABLE = [family for family in ALL if family not in UNSUPPORTED and family not in ("llama4", "switch_transformers")]
+"""Families whose weights may lie in a store; metier stacks the others' experts itself."""
+
+
+@pytest.mark.parametrize(
+    "family", [family if family in UNLIKE else pytest.param(family, marks=pytest.mark.slow) for family in STORABLE]
+)
+def test_with_its_weights_on_disk_a_family_gives_the_same_logits(family: str, tmp_path: Path) -> None:
+    kind = model_type(family)
+    assert kind is not None
+    made_model(tiny_config(kind)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    tokens = random_tokens(seed=7)
+    with torch.no_grad():
+        want = metier.load(tmp_path).model(input_ids=tokens).logits
+        stored = metier.load_frozen(tmp_path, store="disk").model
+        got = stored(input_ids=tokens).logits
+    experts = {id(weight.store) for weight in frozen_weights(stored) if len(weight.store.shape) == 3}
+    assert experts, "no expert is in the store"
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("family", ALL)

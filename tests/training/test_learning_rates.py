@@ -13,7 +13,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from metier.config import RunConfig, load_run_config
+from metier.config import RunConfig
+from metier.config_reading import load_run_config
 from metier.deltas.verify import verify
 from metier.errors import ConfigError
 from metier.models.load import load

@@ -16,7 +16,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from metier.cli import app
-from metier.config import RunConfig, load_run_config
+from metier.config import RunConfig
+from metier.config_reading import load_run_config
 from metier.deltas.read import read_delta
 from metier.errors import ConfigError, RunError, SelectionError
 from metier.models.load import load

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Kind = Literal["rows", "state", "gradients"]
+Kind = Literal["weights", "rows", "state", "gradients"]
 Phase = Literal["forward", "backward", "optimizer"]
 _USED_IN: dict[Kind, tuple[Phase, ...]] = {
+    "weights": ("forward", "backward"),
     "rows": ("forward", "backward", "optimizer"),
     "state": ("optimizer",),
     "gradients": ("backward", "optimizer"),

@@ -27,13 +27,12 @@ def bank_forward(
     low_rank: LowRank | None = None,
 ) -> Tensor | None:
     """One bank's rows through its experts, written to their place in `out_PD`; returns the up projection's output."""
-    up_EDU = layer.up(bank)
-    kept_PU = inputs_TD.new_empty(bounds[-1] - bounds[0], up_EDU.shape[-1]) if keeps else None
+    kept_PU = inputs_TD.new_empty(bounds[-1] - bounds[0], layer.up_size(bank)) if keeps else None
     for first, last in segments(bounds, inputs_TD.device):
         cut = bounds[first : last + 1]
         rows_PD = inputs_TD[order.token_P[cut[0] : cut[-1]]]
         place_PU = None if kept_PU is None else kept_PU[cut[0] - bounds[0] : cut[-1] - bounds[0]]
-        up_PU = grouped_matmul(rows_PD, up_EDU[first:last], cut, place_PU)
+        up_PU = grouped_matmul(rows_PD, layer.up(bank, first, last, cut), cut, place_PU)
         if bank.up_bias is not None:
             up_PU.add_(grouped_repeat(bank.up_bias[first:last], cut))
         if low_rank is not None:
@@ -56,7 +55,7 @@ def project_down(
     low_rank: LowRank | None,
 ) -> None:
     """The down projection of the experts `first` to `last - 1`, written to `out_PD`."""
-    grouped_matmul(inner_PF, layer.down(bank)[first:last], cut, out_PD)
+    grouped_matmul(inner_PF, layer.down(bank, first, last, cut), cut, out_PD)
     if low_rank is not None:
         low_rank.add_down(first, last, inner_PF, out_PD)
     if bank.down_bias is not None:
@@ -95,7 +94,6 @@ class ExpertsBackward:
         low_rank: LowRank | None = None,
     ) -> None:
         """Write one bank's part; `grads` are places for those of `up, down, up_bias, down_bias` that are wanted."""
-        up_EDU = self.layer.up(bank)
         wants_out = grads[1] is not None or grads[3] is not None or (low_rank is not None and inputs_TD is not None)
         for first, last in segments(bounds, kept_PU.device):
             cut = bounds[first : last + 1]
@@ -108,7 +106,7 @@ class ExpertsBackward:
             grad_inner_PF, grad_out_PD = through_down(group, self.grad_TD[token_P], inner_PF.detach(), wants_out)
             (grad_up_PU,) = torch.autograd.grad(inner_PF, up_PU, grad_inner_PF)
             if self.rows_PD is not None:
-                grouped_matmul(grad_up_PU, up_EDU[first:last].mT, cut, self.rows_PD[part])
+                grouped_matmul(grad_up_PU, self.layer.up_back(bank, first, last, cut), cut, self.rows_PD[part])
                 if low_rank is not None:
                     low_rank.add_row_gradient(first, last, grad_up_PU, self.rows_PD[part])
             if inputs_TD is not None and low_rank is not None and grad_out_PD is not None:
@@ -155,8 +153,8 @@ class ExpertsBackward:
         return self._inner_gradient(group, grad_out_PD), grad_out_PD
 
     def _inner_gradient(self, group: _Group, grad_PD: Tensor) -> Tensor:
-        down_EDF = self.layer.down(group.bank)[group.first : group.last].mT
-        grad_inner_PF = grouped_matmul(grad_PD, down_EDF, group.cut)
+        down_back = self.layer.down_back(group.bank, group.first, group.last, group.cut)
+        grad_inner_PF = grouped_matmul(grad_PD, down_back, group.cut)
         if group.low_rank is not None:
             group.low_rank.add_inner_gradient(group.first, group.last, grad_PD, grad_inner_PF)
         return grad_inner_PF

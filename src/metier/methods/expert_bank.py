@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from metier.memory.frozen_weight import FrozenWeight
 from metier.methods.pairs import PairOrder
+
+Weights = Tensor | Sequence[Tensor]
+"""One matrix an expert, stacked or wherever each lies."""
 
 Activation = Callable[[Tensor], Tensor]
 """(P, U) → (P, F), row by row: the gate of the family, or its plain activation function."""
@@ -71,15 +75,37 @@ class ExpertsLayer:
     output_norm: Activation | None = None
     """(P, D) → (P, D), row by row: what some families do to each expert's output; frozen."""
 
-    def up(self, bank: ExpertBank) -> Tensor:
-        """(E, D, U)"""
-        return bank.up if self.is_transposed else bank.up.mT
+    def up(self, bank: ExpertBank, first: int, last: int, cut: Sequence[int]) -> Weights:
+        """(D, U) of each of the experts `first` to `last - 1`, whose rows are bounded by `cut`."""
+        return _weights(bank.up if self.is_transposed else bank.up.mT, first, last, cut)
 
-    def down(self, bank: ExpertBank) -> Tensor:
-        """(E, F, D)"""
-        return bank.down if self.is_transposed else bank.down.mT
+    def up_back(self, bank: ExpertBank, first: int, last: int, cut: Sequence[int]) -> Weights:
+        """(U, D) of each: the way back."""
+        return _weights(bank.up.mT if self.is_transposed else bank.up, first, last, cut)
+
+    def down(self, bank: ExpertBank, first: int, last: int, cut: Sequence[int]) -> Weights:
+        """(F, D) of each."""
+        return _weights(bank.down if self.is_transposed else bank.down.mT, first, last, cut)
+
+    def down_back(self, bank: ExpertBank, first: int, last: int, cut: Sequence[int]) -> Weights:
+        """(D, F) of each: the way back."""
+        return _weights(bank.down.mT if self.is_transposed else bank.down, first, last, cut)
+
+    def up_size(self, bank: ExpertBank) -> int:
+        """U"""
+        return bank.up.shape[2 if self.is_transposed else 1]
 
     def bounds(self, order: PairOrder, banks: list[ExpertBank]) -> list[tuple[int, ...]]:
         """For each bank the part of `order.bounds` that is its own."""
         ends = list(accumulate((bank.up.shape[0] for bank in banks), initial=0))
         return [order.bounds[ends[i] : ends[i + 1] + 1] for i in range(len(banks))]
+
+
+def _weights(stack: Tensor, first: int, last: int, cut: Sequence[int]) -> Weights:
+    """Those of a stack that are worked on at once. Of a stack that lives elsewhere only experts with rows are read."""
+    if not isinstance(stack, FrozenWeight):
+        return stack[first:last]
+    used = [first + group for group, (start, end) in enumerate(pairwise(cut)) if end > start] or [first]
+    read = dict(zip(used, stack.some(used), strict=True))
+    # nobody looks at the weight of an expert without rows
+    return [read.get(expert, read[used[0]]) for expert in range(first, last)]

@@ -31,8 +31,12 @@ def grouped_matmul(
         out_PO: where to write the result, if there is a place for it already.
     """
     if rows_PI.is_cuda:
-        stacked_GIO = weight_GIO if isinstance(weight_GIO, Tensor) else torch.stack(list(weight_GIO))
-        product_PO = F.grouped_mm(rows_PI, stacked_GIO, offs=_offsets(bounds, rows_PI.device))
+        if not isinstance(weight_GIO, Tensor):
+            # copies of those that are needed
+            filled = [group for group, (first, end) in enumerate(pairwise(bounds)) if end > first] or [0]
+            bounds = [bounds[0], *(bounds[group + 1] for group in filled)]
+            weight_GIO = torch.stack([weight_GIO[group] for group in filled])
+        product_PO = F.grouped_mm(rows_PI, weight_GIO, offs=_offsets(bounds, rows_PI.device))
         return product_PO if out_PO is None else out_PO.copy_(product_PO)
     if out_PO is None:
         out_PO = rows_PI.new_empty(rows_PI.shape[0], weight_GIO[0].shape[1])

@@ -33,6 +33,7 @@ from transformers import (
 from metier.errors import ConfigError, ModelError, UnsupportedModelError
 from metier.models.encoder_decoder import ENCODER_DECODERS
 from metier.models.foreign import follow_contract
+from metier.models.weight_by_weight import WeightPlace, from_pretrained_by_weight
 
 EMBEDDED = "embedded"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -61,6 +62,7 @@ def load(
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    place: WeightPlace | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer; a multimodal one, to be used on text; or a Switch Transformer.
 
@@ -71,13 +73,15 @@ def load(
         device: "cpu", "cuda", "cuda:1" …; None takes the first CUDA device where there is one, else the CPU.
         revision: branch, tag or commit on the hub; not for local folders.
         trust_remote_code: run Python code that lies beside the weights. Never done unless True.
+        place: where the large weights go, one at a time; `metier.load_frozen` has such places.
 
     A tokenizer without a padding token gets one that is in its vocabulary already: a padding token by its
     usual names, else the end-of-text token. The embedding matrix never grows.
 
     Raises:
         ConfigError: an unknown dtype or device, or a revision of a local folder.
-        UnsupportedModelError: the model is another encoder-decoder, or a Llama 4 with several experts a token.
+        UnsupportedModelError: the model is another encoder-decoder, a Llama 4 with several experts a token, or one
+            whose weights cannot be put in a place.
         ModelError: anything else that keeps the model or its tokenizer from being loaded whole.
     """
     source = str(model)
@@ -86,9 +90,14 @@ def load(
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         common["revision"] = revision
-    network_class = network_class_for(source, read_config(target, common))
+    model_config = read_config(target, common)
+    network_class = network_class_for(source, model_config)
+    options = {"dtype": resolved_dtype, **common}
     try:
-        network, info = network_class.from_pretrained(target, dtype=resolved_dtype, output_loading_info=True, **common)
+        if place is None:
+            network, info = network_class.from_pretrained(target, output_loading_info=True, **options)
+        else:
+            network, info = from_pretrained_by_weight(network_class, target, model_config, place, **options)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"{source}: the model could not be loaded: {first_line(error)}\n"

@@ -17,10 +17,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from metier.memory.meter import of_a_step
-from metier.memory.row_store import RowStore
-from metier.methods.meft import MeftLayer
-
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -85,45 +81,6 @@ class CountTokens(TrainerCallback):
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-
-
-class CountRows(TrainerCallback):
-    """Puts into what is logged how a sparse adapter's stores were used since the last line, the mean of a step.
-
-    This callback stands before those that use the numbers.
-    """
-
-    def __init__(self) -> None:
-        self._stores: list[RowStore] = []
-        self._step = 0
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **_: Any,
-    ) -> None:
-        assert model is not None, "the trainer passes its model to every callback"
-        layers = [module for module in model.modules() if isinstance(module, MeftLayer)]
-        self._stores = [store for layer in layers for store in layer.stores.values()]
-        self._step = state.global_step
-        for store in self._stores:
-            store.meter.take()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs or state.global_step == self._step:
-            return
-        logs |= of_a_step([store.meter.take() for store in self._stores], state.global_step - self._step)
-        self._step = state.global_step
 
 
 def num_record_tokens(attention_mask_BT: Tensor | None, position_ids_RT: Tensor | None) -> int:

@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from metier.config import RunConfig, load_run_config
+from metier.config import RunConfig
+from metier.config_reading import load_run_config
 from metier.errors import RunError
 
 MAY_DIFFER_ON_RESUME = {
-    "resume_from_checkpoint", "report_to", "logging_steps", "save_steps", "save_total_limit", "output_dir"
+    "resume_from_checkpoint", "report_to", "logging_steps", "save_steps", "save_total_limit", "output_dir",
+    "base_store", "base_folder",
 }  # fmt: skip
 """Keys that do not change what a step computes."""
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from rich.table import Table
 from torch import nn
 
+from metier.memory.frozen_model import frozen_weights
+from metier.memory.frozen_weight import FrozenWeight
 from metier.memory.row_state import state_bytes
 from metier.methods.meft import MeftLayer
 from metier.methods.whole_module import COPIES
@@ -45,6 +47,11 @@ class TrainingPlan:
     method: str
     rows: tuple[PlanRow, ...]
     base_bytes: int
+    """Of the base's weights, those in a store included."""
+    stored_bytes: int = 0
+    """Of those weights that are in a store of their own."""
+    stored_how: str = ""
+    """Where and how, in words."""
 
     @property
     def num_trained(self) -> int:
@@ -74,7 +81,8 @@ class TrainingPlan:
             title=f"{self.method}: {self.num_trained:,} parameters are trained, {share:.1%} of what is loaded; "
             f"{megabytes(self.trained_bytes)} of masters, {megabytes(self.gradient_bytes)} of gradients"
             f"{' at most' if self.method == 'meft' else ''}, {megabytes(self.optimizer_bytes)} of "
-            f"AdamW's moments, beside {megabytes(self.base_bytes)} of base",
+            f"AdamW's moments, beside {megabytes(self.base_bytes)} of base"
+            f"{f' ({megabytes(self.stored_bytes)} of it {self.stored_how})' if self.stored_bytes else ''}",
             title_justify="left",
         )
         for name in ("layer", "trained"):
@@ -93,6 +101,7 @@ class TrainingPlan:
             "num_trained_parameters": self.num_trained,
             "num_frozen_parameters": self.num_frozen,
             "base_bytes": self.base_bytes,
+            "stored_base_bytes": self.stored_bytes,
             "trained_bytes": self.trained_bytes,
             "gradient_bytes": self.gradient_bytes,
             "optimizer_bytes": self.optimizer_bytes,
@@ -123,7 +132,10 @@ def training_plan(
             row.add(parameter.numel(), num_bytes, gradient_bytes=num_bytes, optimizer_bytes=2 * num_bytes)
         else:
             row.num_frozen += parameter.numel()
-        base_bytes += 0 if is_adapter else parameter.numel() * parameter.element_size()
+        if isinstance(parameter, FrozenWeight):
+            base_bytes += parameter.store.num_bytes
+        else:
+            base_bytes += 0 if is_adapter else parameter.numel() * parameter.element_size()
     for layer in model.modules():
         for store in layer.stores.values() if isinstance(layer, MeftLayer) else ():
             row = counts[_layer_of(f".{layer.path}.")]
@@ -136,7 +148,14 @@ def training_plan(
                 optimizer_bytes=state_bytes(store, row_state_dtype),
             )
     order = sorted(counts, key=lambda key: (key == "other", int(key) if key != "other" else 0))
-    return TrainingPlan(method, tuple(counts[key].row(key, method, selection) for key in order), base_bytes)
+    stores = [weight.store for weight in frozen_weights(model)]
+    return TrainingPlan(
+        method,
+        tuple(counts[key].row(key, method, selection) for key in order),
+        base_bytes,
+        stored_bytes=sum(store.num_bytes for store in stores),
+        stored_how=stores[0].where if stores else "",
+    )
 
 
 @dataclass(slots=True)

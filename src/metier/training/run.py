@@ -22,12 +22,12 @@ from metier.data.message import Record
 from metier.data.pairs import encode_pairs
 from metier.data.records import load_records, mix
 from metier.deltas.save import save_delta
+from metier.memory.frozen_model import load_frozen
 from metier.models.encoder_decoder import is_encoder_decoder, refuse_encoder_decoder
 from metier.models.load import LoadedModel, load
 from metier.routing.selection import ExpertSelection
 from metier.training.apart import check_records_stay_apart
 from metier.training.callbacks import (
-    CountRows,
     CountTokens,
     MetricsLog,
     ShowProgress,
@@ -39,6 +39,7 @@ from metier.training.folder import RunFolder, open_folder
 from metier.training.plan import TrainingPlan, training_plan
 from metier.training.report import write_run_report
 from metier.training.selecting import run_selection, selection_config
+from metier.training.store_metrics import CountFrozen, CountRows
 from metier.training.trainer import make_trainer
 from metier.training.wrapping import meft_config, selects_experts, wrap
 
@@ -65,7 +66,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
     """Train as configured.
 
     Args:
-        config: one run; `metier.config.load_run_config` reads it from YAML and a command line.
+        config: one run; `metier.config_reading.load_run_config` reads it from YAML and a command line.
         console: where the plan and the progress go; standard output by default.
 
     Raises:
@@ -86,9 +87,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
     if config.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(folder.checkpoints, config.resume_from_checkpoint)
         console.print(f"Resuming from {checkpoint or 'the beginning: there is no complete checkpoint yet'}")
-    loaded = load(
-        config.model, dtype=config.dtype, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
+    loaded = load_base(config)
     _tell_of_slow_bf16(loaded.model, config, console)
     if config.padding_free:
         refuse_encoder_decoder(loaded.model, "padding_free", "Set padding_free: false; its batches are padded.")
@@ -121,6 +120,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
         callbacks=[
             CountTokens(),
             *([CountRows()] if config.method == "meft" else []),
+            *([CountFrozen()] if config.has_frozen_base else []),
             MetricsLog(folder.metrics),
             ShowProgress(console, config.method),
             MarkCheckpoints(config.save_total_limit),
@@ -138,6 +138,27 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
     write_run_report(folder, config, selection, num_parameters=plan.num_trained + plan.num_frozen)
     console.print(f"Trained in {seconds:.0f} s; the delta is {folder.adapter}, the report {folder.report}")
     return RunResult(folder.root, model, loaded.tokenizer, plan, selection, seconds, peak)
+
+
+def load_base(config: RunConfig) -> LoadedModel:
+    """The base and its tokenizer, its large weights in a store of their own if the run wants that.
+
+    Raises:
+        MetierError: as `metier.load` and `metier.load_frozen`.
+    """
+    if not config.has_frozen_base:
+        return load(
+            config.model, dtype=config.dtype, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    return load_frozen(
+        config.model,
+        store=config.base_store,
+        weight_format=config.base_format,
+        folder=config.base_folder,
+        dtype=config.dtype,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def _with_general(records: list[Record], config: RunConfig) -> list[Record]:

@@ -1,0 +1,200 @@
+"""Read a RunConfig from one YAML file and command-line overrides.
+
+Nothing is ignored: an unknown key is refused with its nearest match, a value of the wrong type with the type
+that was expected, and both with the place they came from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from metier.config import RunConfig
+from metier.errors import ConfigError
+
+_TRUE = ("true", "yes", "on", "1")
+_FALSE = ("false", "no", "off", "0")
+_NONE = ("none", "null", "~")
+_COMMAND_LINE = "command line"
+
+
+def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's configuration.
+
+    Args:
+        path: a YAML file of RunConfig's keys, or None.
+        overrides: command-line tokens, which go before the file: `--key value`, `--key=value`, and for
+            booleans `--key` and `--no-key`. Dashes within a key count as underscores.
+
+    Raises:
+        ConfigError: an unknown key (naming the nearest one), a wrong type, a missing key, a value out of
+            range.
+    """
+    values = {} if path is None else _read_file(Path(path))
+    values |= _read_overrides(overrides)
+    missing = [field.name for field in dataclasses.fields(RunConfig) if _is_required(field, values)]
+    if missing:
+        where = "command line" if path is None else str(path)
+        raise ConfigError(
+            f"{where}: missing {_plural(missing, 'key')} {', '.join(missing)}. "
+            f"Add {'them' if len(missing) > 1 else 'it'} to the YAML file or the command line, "
+            f"e.g. --{missing[0]} VALUE."
+        )
+    return RunConfig(**values)
+
+
+def describe_fields() -> list[tuple[str, str, str, str]]:
+    """Name, type, default and meaning of each key, for help texts; the meaning is the field's docstring."""
+    import ast
+    import inspect
+
+    body = ast.parse(inspect.getsource(RunConfig)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    meanings = {
+        statement.target.id: following.value.value
+        for statement, following in zip(body.body, body.body[1:], strict=False)
+        if isinstance(statement, ast.AnnAssign)
+        and isinstance(statement.target, ast.Name)
+        and isinstance(following, ast.Expr)
+        and isinstance(following.value, ast.Constant)
+    }
+    hints = get_type_hints(RunConfig)
+    return [
+        (
+            field.name,
+            _type_name(hints[field.name]),
+            "required" if field.default is dataclasses.MISSING else str(field.default),
+            str(meanings[field.name]),
+        )
+        for field in dataclasses.fields(RunConfig)
+    ]
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Give a YAML file of a run's keys.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {error}") from error
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}: expected `key: value` lines at the top level.")
+    values: dict[str, Any] = {}
+    constructor = yaml.SafeLoader("")
+    for key_node, value_node in root.value:
+        where = f"{path}:{key_node.start_mark.line + 1}"
+        key = _known_key(str(key_node.value), where)
+        if key in values:
+            raise ConfigError(f"{where}: key '{key}' stands in the file twice; keep one of them.")
+        value = constructor.construct_object(value_node, deep=True)
+        values[key] = _convert(key, value, where)
+    return values
+
+
+def _read_overrides(tokens: Sequence[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--") or token == "--":
+            raise ConfigError(
+                f"{_COMMAND_LINE}: got '{token}' where a --key was expected. "
+                f"A run's YAML file stands first: metier train run.yaml --key value."
+            )
+        name, has_value, text = token[2:].partition("=")
+        name = name.replace("-", "_")
+        if name.startswith("no_") and _is_bool(name[3:]) and not has_value:
+            values[name[3:]] = False
+            continue
+        key = _known_key(name, _COMMAND_LINE)
+        if has_value:
+            values[key] = _convert(key, text, _COMMAND_LINE)
+        elif _is_bool(key):
+            follows = bool(rest) and rest[0].lower() in (*_TRUE, *_FALSE)
+            values[key] = _convert(key, rest.pop(0), _COMMAND_LINE) if follows else True
+        elif not rest or rest[0].startswith("--"):
+            raise ConfigError(f"{_COMMAND_LINE}: --{key} needs a value: {_type_name(_hint(key))}.")
+        else:
+            values[key] = _convert(key, rest.pop(0), _COMMAND_LINE)
+    return values
+
+
+def _known_key(key: str, where: str) -> str:
+    names = [field.name for field in dataclasses.fields(RunConfig)]
+    if key in names:
+        return key
+    nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    hint = f"Did you mean '{nearest[0]}'?" if nearest else f"The keys are: {', '.join(names)}."
+    raise ConfigError(f"{where}: unknown key '{key}'. {hint}")
+
+
+def _convert(key: str, value: object, where: str) -> Any:
+    """The value in its field's type. Texts are parsed: YAML reads 1e-4 as a text, for one."""
+    hint = _hint(key)
+    is_none = value is None or (isinstance(value, str) and value.lower() in _NONE)
+    if is_none and type(None) in get_args(hint):
+        return None
+    kind = _without_none(hint)
+    result = None if value is None else _parse(kind, value)
+    if result is None:
+        raise ConfigError(f"{where}: {key} must be {_type_name(hint)}, got {value!r}.")
+    return result
+
+
+def _parse(kind: Any, value: object) -> Any:
+    """The value as `kind`, or None where it is not one."""
+    if get_origin(kind) is Literal:
+        return value if value in get_args(kind) else None
+    if kind is bool:
+        word = str(value).lower()
+        return True if word in _TRUE else False if word in _FALSE else None
+    if isinstance(value, bool):
+        return None
+    if kind is str:
+        return value if isinstance(value, str) else str(value) if isinstance(value, int | float) else None
+    if not isinstance(value, str | int | float) or (kind is int and isinstance(value, float)):
+        return None
+    try:
+        number = kind(value)
+    except ValueError:
+        return None
+    return number if number == number and abs(number) != float("inf") else None
+
+
+def _is_required(field: dataclasses.Field[Any], values: dict[str, Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.name not in values
+
+
+def _hint(key: str) -> Any:
+    return get_type_hints(RunConfig)[key]
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint
+    return next(kind for kind in get_args(hint) if kind is not type(None))
+
+
+def _is_bool(key: str) -> bool:
+    return key in RunConfig.__annotations__ and _hint(key) is bool
+
+
+def _type_name(hint: Any) -> str:
+    kind = _without_none(hint)
+    if get_origin(kind) is Literal:
+        name = " or ".join(get_args(kind))
+    else:
+        name = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
+    return name if kind is hint else f"{name} (or null)"
+
+
+def _plural(items: Sequence[object], noun: str) -> str:
+    return noun if len(items) == 1 else f"{noun}s"

@@ -1,0 +1,146 @@
+"""Load a model whose large weights go somewhere else, one at a time, so that they are never all in memory.
+
+transformers converts and writes weights that its `device_map` sends to the disk one by one, and leaves hooks that fetch
+them whole before each forward pass. Here the hooks are asked once for each weight and then removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from metier.errors import UnsupportedModelError
+from metier.models.contract import contract_flags
+from metier.models.foreign import can_follow_contract
+from metier.models.spellings import LAYER_INDEX, OTHER_MODALITY, ROUTER_NAMES
+
+_ON_DISK = "disk"
+
+
+class WeightPlace(Protocol):
+    """Where the large weights of a model go."""
+
+    @property
+    def folder(self) -> Path | None:
+        """For files that are in the way from one format to another; None is the system's temporary folder."""
+        ...
+
+    def put(self, name: str, layer: int, weight: Tensor) -> nn.Parameter:
+        """Take on a weight, (outputs, inputs) or (num_experts, …), and give what the model is to have instead.
+
+        Args:
+            name: in the model.
+            layer: number in the module's path.
+            weight: is not kept by the caller.
+        """
+        ...
+
+
+def large_modules(model: nn.Module) -> dict[str, int]:
+    """Paths of the linear layers and stacks of experts inside numbered layers, routers aside; and the layers' numbers.
+
+    Embeddings and the output layer are not among them, nor is what a text never passes through.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        numbers = LAYER_INDEX.findall(path)
+        if not numbers or OTHER_MODALITY.search(path) or path.rpartition(".")[2] in ROUTER_NAMES:
+            continue
+        if type(module) is nn.Linear or contract_flags(module) is not None:
+            found[path] = int(numbers[-1])
+    return found
+
+
+def from_pretrained_by_weight(
+    network_class: Any, target: str, config: PreTrainedConfig, place: WeightPlace, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """As `network_class.from_pretrained` with its loading information, the large weights put in their place.
+
+    Raises:
+        UnsupportedModelError: the model's experts are made anew after they are loaded, and so pass through memory.
+    """
+    with torch.device("meta"):
+        skeleton = network_class.from_config(config, trust_remote_code=options.get("trust_remote_code", False))
+    if can_follow_contract(skeleton):
+        raise UnsupportedModelError(
+            f"{target}: the experts of {type(skeleton).__name__} are stacked by metier after they are loaded, so they "
+            "cannot be loaded weight by weight.\nLoad the model without a store for its weights."
+        )
+    modules = large_modules(skeleton)
+    device_map = dict(_device_map(skeleton, "", modules))
+    del skeleton
+    with tempfile.TemporaryDirectory(prefix="metier-", dir=place.folder) as scratch, _quiet("accelerate.big_modeling"):
+        network, info = network_class.from_pretrained(
+            target,
+            device_map=device_map,
+            offload_folder=scratch,
+            output_loading_info=True,
+            **options,
+        )
+        if info["missing_keys"]:  # the caller says which
+            return network, info
+        for path, layer in modules.items():
+            _move(network.get_submodule(path), path, layer, place, Path(scratch))
+    for module in network.modules():
+        remove_hook_from_module(module)
+    # accelerate's marks of a model that is spread over devices, which trainers would not touch
+    del network.hf_device_map
+    for name in ("to", "cuda", "npu", "xpu"):
+        vars(network).pop(name, None)
+    return network, info
+
+
+def _device_map(module: nn.Module, path: str, on_disk: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Every module or tensor with its device; of what holds modules that go to the disk, the parts are named."""
+    if path in on_disk:
+        yield path, _ON_DISK
+    elif path and not any(name.startswith(f"{path}.") for name in on_disk):
+        yield path, "cpu"
+    else:
+        start = f"{path}." if path else ""
+        for name, _ in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+            yield f"{start}{name}", "cpu"
+        for name, child in module.named_children():
+            yield from _device_map(child, f"{start}{name}", on_disk)
+
+
+def _move(module: nn.Module, path: str, layer: int, place: WeightPlace, scratch: Path) -> None:
+    """The weights of one module go to their place; its biases, and what modules it holds have, stay in memory."""
+    for inner_path, inner in module.named_modules():
+        owner = f"{path}.{inner_path}" if inner_path else path
+        for name, empty in list(inner.named_parameters(recurse=False)):
+            value: Tensor = vars(inner)["_hf_hook"].weights_map[name]
+            is_large = inner is module and value.dim() > 1 and name.rpartition("_")[2] != "bias"
+            filled = place.put(f"{owner}.{name}", layer, value) if is_large else nn.Parameter(value.clone())
+            filled.requires_grad_(False)
+            inner._parameters[name] = filled
+            assert empty.shape == filled.shape, f"{owner}.{name}: {tuple(filled.shape)} for {tuple(empty.shape)}"
+            del value
+            # what had to be converted was written there; what had not is in the checkpoint itself
+            (scratch / f"{owner}.{name}.safetensors").unlink(missing_ok=True)
+
+
+@contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    """Without a logger's warnings: this one says of every such model that parameters are on no device."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # tensors may be named there, but it looks for modules alone
+            warnings.filterwarnings("ignore", message=".*device_map keys do not match any submodules")
+            yield
+    finally:
+        logger.setLevel(level)

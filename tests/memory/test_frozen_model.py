@@ -1,0 +1,229 @@
+"""Models whose large weights live in a store: the same numbers, the same training, fewer bytes in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import metier
+from metier.data.message import Message, Record
+from metier.errors import ConfigError, ModelError, UnsupportedModelError
+from metier.memory.frozen_model import frozen_weights, load_frozen
+from metier.memory.frozen_weight import FrozenWeight
+from metier.memory.row_adamw import RowAdamW
+from metier.methods.esft import EsftConfig
+from metier.methods.expert_lora import ExpertLoraConfig
+from metier.methods.meft import MeftConfig
+from metier.models.unwrap import base_path
+from tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
+
+TIERS = ("device", "host", "disk")
+
+
+def _saved(family: str, folder: Path, **changes: object) -> Path:
+    tiny_model(family, **changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _tokens(step: int = 0) -> torch.Tensor:
+    return torch.randint(6, VOCAB_SIZE, (2, 17), generator=torch.Generator().manual_seed(step))
+
+
+def _losses(model: nn.Module, num_steps: int = 3) -> list[float]:
+    """Of some steps of training; the last one says what the others did."""
+    optimizer = RowAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for step in range(num_steps):
+        loss = model(input_ids=_tokens(step), labels=_tokens(step)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss", "qwen3_moe", "nemotron_h", "llama"])
+def test_logits_are_those_of_the_model_in_memory_to_the_bit(family, tier, tmp_path):
+    base = _saved(family, tmp_path / "base")
+    with torch.no_grad():
+        want = metier.load(base).model(_tokens()).logits
+        loaded = load_frozen(base, store=tier, folder=tmp_path / "weights")
+        got = loaded.model(_tokens()).logits
+    assert torch.equal(got, want)
+    assert {weight.store.tier for weight in frozen_weights(loaded.model)} == {tier}
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+def test_linear_layers_and_experts_are_in_the_store_and_nothing_else(tmp_path):
+    model = load_frozen(_saved("deepseek_v2", tmp_path / "base")).model
+    names = {name.rpartition("layers.")[2] for name, p in model.named_parameters() if isinstance(p, FrozenWeight)}
+    assert "1.mlp.experts.gate_up_proj" in names
+    assert "1.mlp.shared_experts.up_proj.weight" in names
+    assert "0.mlp.down_proj.weight" in names
+    assert "0.self_attn.o_proj.weight" in names
+    others = {name for name, p in model.named_parameters() if not isinstance(p, FrozenWeight)}
+    assert all("norm" in name or "mlp.gate." in name or "embed" in name or "lm_head" in name for name in others), others
+    assert len(others) < len(names)
+    # trainers refuse models that are spread over devices
+    assert not hasattr(model, "hf_device_map")
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+    assert not any(p.is_meta for p in model.parameters())
+
+
+def test_experts_biases_stay_in_memory(tmp_path):
+    model = load_frozen(_saved("gpt_oss", tmp_path / "base")).model
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    assert isinstance(experts.gate_up_proj, FrozenWeight)
+    assert not isinstance(experts.gate_up_proj_bias, FrozenWeight)
+    assert not isinstance(model.get_submodule("model.layers.0.self_attn.q_proj").bias, FrozenWeight)
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("deepseek_v2", EsftConfig(experts={1: [0, 5], 2: [3]})),
+        ("deepseek_v2", EsftConfig(experts={2: [3, 4]})),
+        ("deepseek_v2", ExpertLoraConfig(experts={1: [0, 5], 2: [3]}, r=4)),
+        ("gpt_oss", EsftConfig(experts={0: [1], 2: [0, 3]})),
+        ("llama", peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4)),
+        ("llama", MeftConfig(r=64)),
+    ],
+)
+def test_training_has_the_same_losses_to_the_bit(family, config, tier, tmp_path):
+    base = _saved(family, tmp_path / "base")
+    losses, rows = [], []
+    for loaded in (metier.load(base), load_frozen(base, store=tier)):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(loaded.model, config).train()
+        losses.append(_losses(model))
+        rows.append([p.detach() for p in model.parameters() if p.requires_grad])
+    assert losses[0] == losses[1]
+    assert losses[0][0] != losses[0][-1]
+    assert all(torch.equal(one, other) for one, other in zip(*rows, strict=True))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_reads_again(use_reentrant, tmp_path):
+    base = _saved("deepseek_v2", tmp_path / "base")
+    losses = []
+    for loaded in (metier.load(base), load_frozen(base, store="disk")):
+        model = peft.get_peft_model(loaded.model, EsftConfig(experts={1: [0, 5], 2: [3]})).train()
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        losses.append(_losses(model))
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(("format_name", "distance"), [("int8", 0.02), ("nf4", 0.25)])
+def test_fewer_bits_give_about_the_same_logits(format_name, distance, tmp_path):
+    if format_name == "nf4":
+        pytest.importorskip("bitsandbytes")
+    base = _saved("deepseek_v2", tmp_path / "base")
+    with torch.no_grad():
+        want = metier.load(base).model(_tokens()).logits
+        model = load_frozen(base, weight_format=format_name).model
+        got = model(_tokens()).logits
+    difference = (got - want).norm() / want.norm()
+    assert 0 < difference < distance
+
+
+@pytest.mark.parametrize("format_name", ["int8", "nf4"])
+def test_training_on_fewer_bits_trains_on_what_they_stand_for(format_name, tmp_path):
+    if format_name == "nf4":
+        pytest.importorskip("bitsandbytes")
+    base = _saved("deepseek_v2", tmp_path / "base")
+    quantised = load_frozen(base, weight_format=format_name).model
+    plain = metier.load(base).model
+    for name, parameter in quantised.named_parameters():
+        if isinstance(parameter, FrozenWeight):
+            plain.get_parameter(name).data.copy_(parameter.detach().numbers())
+    losses = [
+        _losses(peft.get_peft_model(model, EsftConfig(experts={1: [0, 5], 2: [3]})).train())
+        for model in (plain, quantised)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_int8_takes_a_quarter_of_float32(tmp_path):
+    base = _saved("llama", tmp_path / "base", hidden_size=64, intermediate_size=256)
+    stores = [
+        [weight.store for weight in frozen_weights(load_frozen(base, weight_format=f).model)] for f in (None, "int8")
+    ]
+    plain, int8 = (sum(store.num_bytes for store in some) for some in stores)
+    assert 0.25 < int8 / plain < 0.3
+
+
+def test_a_run_in_a_store_gives_the_delta_that_one_in_memory_gives(tmp_path):
+    base = _saved("deepseek_v2", tmp_path / "base")
+    model = peft.get_peft_model(load_frozen(base, store="disk").model, EsftConfig(experts={1: [0, 5]}))
+    _losses(model.train())
+    model.save_pretrained(tmp_path / "delta")
+    on_memory = peft.PeftModel.from_pretrained(metier.load(base).model, tmp_path / "delta").eval()
+    on_disk = peft.PeftModel.from_pretrained(load_frozen(base, store="disk").model, tmp_path / "delta").eval()
+    with torch.no_grad():
+        want, got = on_memory(_tokens()).logits, on_disk(_tokens()).logits
+        base_logits = metier.load(base).model(_tokens()).logits
+    assert torch.equal(got, want)
+    assert not torch.equal(want, base_logits)
+
+
+def test_merging_into_weights_in_a_store_is_refused(tmp_path):
+    base = _saved("deepseek_v2", tmp_path / "base")
+    model = peft.get_peft_model(load_frozen(base).model, EsftConfig(experts={1: [0, 5]}))
+    with pytest.raises(ModelError, match="is frozen in a store"):
+        model.merge_and_unload()
+
+
+def test_a_profile_is_the_one_of_the_model_in_memory(tmp_path):
+    base = _saved("deepseek_v2", tmp_path / "base")
+    profiles = []
+    for loaded in (metier.load(base), load_frozen(base, store="disk")):
+        question = Message(role="user", content="What?")
+        messages = [(question, Message(role="assistant", content=f"It is {number}.")) for number in range(9)]
+        records = [Record(messages=both, origin="test") for both in messages]
+        profiles.append(metier.profile(loaded.model, loaded.tokenizer, records, num_tokens=64))
+    assert torch.equal(profiles[0].scores_LE("token"), profiles[1].scores_LE("token"))
+
+
+def test_the_same_paths_whether_in_memory_or_in_a_store(tmp_path):
+    base = _saved("qwen3_moe", tmp_path / "base")
+    plain, stored = metier.load(base).model, load_frozen(base).model
+    assert [base_path(n) for n, _ in plain.named_parameters()] == [base_path(n) for n, _ in stored.named_parameters()]
+    assert [tuple(p.shape) for p in plain.parameters()] == [tuple(p.shape) for p in stored.parameters()]
+
+
+def test_a_family_that_is_stacked_after_loading_is_refused(tmp_path):
+    base = _saved("llama4_text", tmp_path / "base")
+    with pytest.raises(UnsupportedModelError, match="cannot be loaded weight by weight"):
+        load_frozen(base)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    base = _saved("llama", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 of the model's tensors, such as 'model\.layers\.1\.mlp\.up_proj"):
+        load_frozen(base, store="disk", folder=tmp_path / "weights")
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"store": "tape"}, "store: got 'tape', expected one of device, host, disk"),
+        ({"weight_format": "int3"}, "weight_format: got 'int3', expected one of int8, nf4, or none"),
+    ],
+)
+def test_unknown_names_are_refused_before_anything_is_loaded(options, message):
+    with pytest.raises(ConfigError, match=message):
+        load_frozen("no/such/folder/at/all", **options)

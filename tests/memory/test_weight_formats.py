@@ -1,0 +1,78 @@
+"""Weights as bytes and back: to the bit as they are, and as near as the format promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metier.errors import ConfigError
+from metier.memory import weight_formats
+from metier.memory.weight_formats import weight_format
+
+SHAPES = [(1, 1), (3, 5), (16, 64), (33, 40)]
+
+
+def _stored(name: str | None, weights_NOI: torch.Tensor) -> torch.Tensor:
+    made = weight_format(name, tuple(weights_NOI.shape[1:]), weights_NOI.dtype)
+    bytes_NB = torch.full((len(weights_NOI), made.num_bytes), 7, dtype=torch.uint8)
+    for weight_OI, place_B in zip(weights_NOI, bytes_NB, strict=True):
+        made.encode(weight_OI, place_B)
+    return made.decode(bytes_NB)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", [None, "int8", "nf4"])
+def test_a_weight_begins_at_a_multiple_of_64_bytes(name, shape):
+    assert weight_format(name, shape, torch.bfloat16).num_bytes % 64 == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_as_it_is_gives_the_same_numbers_and_copies_none(shape, dtype):
+    weights_NOI = torch.randn(3, *shape).to(dtype)
+    made = weight_format(None, shape, dtype)
+    bytes_NB = torch.zeros(3, made.num_bytes, dtype=torch.uint8)
+    for weight_OI, place_B in zip(weights_NOI, bytes_NB, strict=True):
+        made.encode(weight_OI, place_B)
+    got = made.decode(bytes_NB)
+    assert torch.equal(got, weights_NOI)
+    assert got.data_ptr() == bytes_NB.data_ptr()
+
+
+@given(st.sampled_from(SHAPES), st.integers(0, 2**31), st.floats(1e-6, 1e6))
+def test_int8_is_within_half_a_step_of_its_row(shape, seed, size):
+    weights_NOI = size * torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))
+    step_NO1 = weights_NOI.abs().amax(-1, keepdim=True) / 127
+    error_NOI = (_stored("int8", weights_NOI) - weights_NOI).abs()
+    assert (error_NOI <= 0.5001 * step_NO1).all()
+
+
+def test_int8_of_zeros_is_zeros():
+    assert not _stored("int8", torch.zeros(1, 2, 8)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nf4_is_what_bitsandbytes_makes_of_it(shape, dtype):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weights_NOI = torch.randn(2, *shape).to(dtype)
+    got = _stored("nf4", weights_NOI)
+    for weight_OI, got_OI in zip(weights_NOI, got, strict=True):
+        expected = functional.dequantize_4bit(*functional.quantize_4bit(weight_OI, blocksize=64, quant_type="nf4"))
+        assert got_OI.dtype == dtype
+        assert torch.equal(got_OI, expected)
+
+
+def test_an_unknown_format_is_refused():
+    with pytest.raises(ConfigError, match=r"weight_format: got 'int4', expected one of int8, nf4\."):
+        weight_format("int4", (2, 2), torch.float32)
+
+
+def test_nf4_without_its_library_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(weight_formats.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"nf4 needs bitsandbytes, which is not installed\. pip install 'metier\[nf4\]'"
+    ):
+        weight_format("nf4", (2, 2), torch.float32)

@@ -1,0 +1,86 @@
+"""Runs whose base lies frozen in a store: the same delta, the same resume, and what the run says of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from metier.config import RunConfig
+from metier.errors import ConfigError
+from metier.training.run import train
+
+Configure = Callable[..., RunConfig]
+pytestmark = pytest.mark.filterwarnings("ignore::metier.routing.profile.UnreliableProfileWarning")
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = tensors(one), tensors(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("method", ["esft", "expert_lora", "meft"])
+@pytest.mark.parametrize("store", ["host", "disk"])
+def test_a_run_gives_the_same_delta_to_the_bit(
+    store: str, method: str, configure: Configure, console: Console, tmp_path: Path
+) -> None:
+    options = {"method": method, "meft_r": 64}
+    straight = train(configure("in-memory", **options), console=console)
+    stored = train(
+        configure("stored", base_store=store, base_folder=str(tmp_path / "b") if store == "disk" else None, **options),
+        console=console,
+    )
+    assert same(straight.folder, stored.folder)
+    if store == "disk":
+        assert list((tmp_path / "b").iterdir()) == []
+
+
+def test_a_run_says_where_the_base_is_and_what_was_read(configure: Configure, console: Console) -> None:
+    result = train(configure(base_store="disk", base_format="int8"), console=console)
+    told = " ".join(console.file.getvalue().split())
+    assert "of it on disk in int8)" in told
+    plan = json.loads((result.folder / "plan.json").read_text())["predicted"]
+    assert 0 < plan["stored_base_bytes"] < plan["base_bytes"]
+    logged = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in logged if "loss" in line]
+    assert all(line["base_bytes_from_disk"] >= 0 and line["base_stall_seconds"] >= 0 for line in steps)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bits(kill_and_resume: Callable[..., tuple[Path, Path]]) -> None:
+    straight, resumed = kill_and_resume(base_store="disk", max_steps=40, save_steps=4)
+    assert same(straight, resumed)
+
+
+def test_a_run_may_go_on_with_its_base_in_another_place(configure: Configure, console: Console) -> None:
+    train(configure("straight", max_steps=4), console=console)
+    moved = configure("moved", max_steps=4, save_steps=2)
+    train(moved, console=console)
+    for name in ("adapter/adapter_model.safetensors", "checkpoints/checkpoint-4/complete"):
+        (Path(moved.output_dir) / name).unlink()
+    again = train(
+        configure("moved", max_steps=4, save_steps=2, base_store="disk", resume_from_checkpoint="last"), console=console
+    )
+    assert same(again.folder, again.folder.with_name("straight"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "full", "base_store": "disk"}, r"method full changes them\. Use method esft, expert_lora or meft"),
+        ({"method": "lora", "base_format": "int8"}, r"method lora changes them\."),
+        ({"base_folder": "somewhere"}, r"base_folder needs base_store: disk, got device\. Leave one of them out\."),
+    ],
+)
+def test_what_does_not_go_together_is_refused(configure: Configure, options: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configure(**options)
