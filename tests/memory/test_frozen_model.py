@@ -60,6 +60,16 @@ def test_logits_are_those_of_the_model_in_memory_to_the_bit(family, tier, tmp_pa
     assert list((tmp_path / "weights").iterdir()) == []
 
 
+@pytest.mark.parametrize("family", ["deepseek_v2", "llama"])
+def test_generation_in_inference_mode_writes_the_same(family, tmp_path):
+    base = _saved(family, tmp_path / "base")
+    texts = []
+    for loaded in (metier.load(base), load_frozen(base, store="disk")):
+        with torch.inference_mode():
+            texts.append(loaded.model.generate(_tokens(), max_new_tokens=8, do_sample=False))
+    assert torch.equal(*texts)
+
+
 def test_linear_layers_and_experts_are_in_the_store_and_nothing_else(tmp_path):
     model = load_frozen(_saved("deepseek_v2", tmp_path / "base")).model
     names = {name.rpartition("layers.")[2] for name, p in model.named_parameters() if isinstance(p, FrozenWeight)}
@@ -74,6 +84,14 @@ def test_linear_layers_and_experts_are_in_the_store_and_nothing_else(tmp_path):
     assert not hasattr(model, "hf_device_map")
     assert not any(hasattr(module, "_hf_hook") for module in model.modules())
     assert not any(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="of Linux alone")
+def test_no_file_of_the_checkpoint_is_held(tmp_path):
+    loaded = load_frozen(_saved("deepseek_v2", tmp_path / "base"), store="disk")
+    mapped = Path("/proc/self/maps").read_text()
+    assert str(tmp_path / "base") not in mapped
+    assert loaded.model.get_parameter("model.norm.weight").isfinite().all()
 
 
 def test_experts_biases_stay_in_memory(tmp_path):

@@ -130,6 +130,18 @@ def test_every_way_to_look_at_it_shows_the_same_numbers(tmp_path, view):
     assert torch.equal(plain, want)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "view", [lambda w: w[1:3], lambda w: w[2], lambda w: w.mT, lambda w: w.detach(), lambda w: w * 2]
+)
+def test_views_are_made_in_inference_mode_too(tmp_path, view, mode):
+    stack = torch.randn(5, 4, 6)
+    weight = _frozen(stack, tmp_path)
+    with mode():
+        got = view(weight)
+        assert torch.equal(got.numbers() if isinstance(got, FrozenWeight) else got, view(stack))
+
+
 def test_experts_by_their_ids_are_all_that_is_read(tmp_path, reads):
     weight = _frozen(torch.randn(6, 4, 8), tmp_path)
     weight.detach()[torch.tensor([5, 2])].float()

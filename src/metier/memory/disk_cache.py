@@ -120,6 +120,11 @@ class DiskCache:
         file.changed.update(pieces)
         self._make_room()
 
+    def done_with(self, file: CachedFile) -> None:
+        """Nobody is using what is in memory of a file any more: it need not stay until others have been asked for."""
+        for piece in file.last_call:
+            file.last_call[piece] = self._call - NUM_PROTECTED
+
     def forget(self, file: CachedFile, num_pieces: int) -> None:
         """The numbers of the first pieces are not wanted any more; who writes there next waits for this first."""
         for piece in range(num_pieces):

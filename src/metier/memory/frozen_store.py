@@ -112,6 +112,16 @@ class FrozenStore:
         if self._file is not None:
             disk_cache().wanted(self._file, self.last_read)
 
+    def done(self) -> None:
+        """The step has gone on to another layer."""
+        if self._file is not None:
+            disk_cache().done_with(self._file)
+
+    @property
+    def read_bytes(self) -> int:
+        """What `announce` asks for."""
+        return 0 if self._file is None else len(self.last_read) * self.format.num_bytes
+
     def _on(self, device: torch.device) -> Tensor:
         if self.tier == "device" and self._bytes_EB.device != device:
             self._bytes_EB = self._bytes_EB.to(device)
@@ -146,13 +156,21 @@ class FrozenLayer:
         phase: Phase = "backward" if _is_in_backward() else "forward"
         if self.order.now == (phase, self.number):
             return
+        layers = self.order.layers
+        if self.order.now is not None:
+            for store in layers[self.order.now[1]].stores:
+                store.done()
         self.order.now = (phase, self.number)
         self._in_pass = {}
         disk_cache().come_to(phase, self)
         following = self.number + (1 if phase == "forward" else -1)
-        for number in (self.number, following):
-            if 0 <= number < len(self.order.layers):
-                for store in self.order.layers[number].stores:
+        wanted = [self, *layers[following : following + 1]] if following >= 0 else [self]
+        room = disk_cache().room_bytes()
+        for layer in wanted:
+            # what there is no room for beside this layer is not read before it is used
+            room -= sum(store.read_bytes for store in layer.stores)
+            if layer is self or room >= 0:
+                for store in layer.stores:
                     store.announce()
 
     def read_in_pass(self, store: FrozenStore, indices: Sequence[int]) -> Sequence[int]:

@@ -49,14 +49,16 @@ class FrozenWeight(Tensor):
         shape, strides = (num_outputs, num_inputs), (num_inputs, 1)
         if is_transposed:
             shape, strides = shape[::-1], strides[::-1]
-        made: FrozenWeight = torch.Tensor._make_wrapper_subclass(
-            cls,
-            shape if is_matrix else (last - first, *shape),
-            strides=strides if is_matrix else (num_outputs * num_inputs, *strides),
-            dtype=dtype or store.dtype,
-            device=device or torch.device("cpu"),
-            requires_grad=False,
-        )
+        # a view of a parameter has to be an ordinary tensor in inference mode too
+        with torch.inference_mode(False):
+            made: FrozenWeight = torch.Tensor._make_wrapper_subclass(
+                cls,
+                shape if is_matrix else (last - first, *shape),
+                strides=strides if is_matrix else (num_outputs * num_inputs, *strides),
+                dtype=dtype or store.dtype,
+                device=device or torch.device("cpu"),
+                requires_grad=False,
+            )
         made.store, made.first, made.last = store, first, last
         made.is_matrix, made.is_transposed = is_matrix, is_transposed
         return made

@@ -94,6 +94,10 @@ def from_pretrained_by_weight(
             _move(network.get_submodule(path), path, layer, place, Path(scratch))
     for module in network.modules():
         remove_hook_from_module(module)
+    # what was loaded as it lies in a file holds the whole file
+    for tensor in chain(network.parameters(), network.buffers()):
+        if type(tensor) in (nn.Parameter, Tensor):
+            tensor.data = tensor.data.clone()
     # accelerate's marks of a model that is spread over devices, which trainers would not touch
     del network.hf_device_map
     for name in ("to", "cuda", "npu", "xpu"):

@@ -22,6 +22,7 @@ from metier.data.message import Record
 from metier.data.pairs import encode_pairs
 from metier.data.records import load_records, mix
 from metier.deltas.save import save_delta
+from metier.memory.allocator import give_memory_back
 from metier.memory.frozen_model import load_frozen
 from metier.models.encoder_decoder import is_encoder_decoder, refuse_encoder_decoder
 from metier.models.load import LoadedModel, load
@@ -146,6 +147,9 @@ def load_base(config: RunConfig) -> LoadedModel:
     Raises:
         MetierError: as `metier.load` and `metier.load_frozen`.
     """
+    if config.base_store == "disk":
+        # memory is what is short
+        give_memory_back()
     if not config.has_frozen_base:
         return load(
             config.model, dtype=config.dtype, revision=config.revision, trust_remote_code=config.trust_remote_code
