@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import peft
@@ -108,6 +109,7 @@ def test_experts_biases_stay_in_memory(tmp_path):
     [
         ("deepseek_v2", EsftConfig(experts={1: [0, 5], 2: [3]})),
         ("deepseek_v2", EsftConfig(experts={2: [3, 4]})),
+        ("deepseek_v2", EsftConfig(experts={1: [0]}, also_train=("attention", "shared_experts", "router", "norms"))),
         ("deepseek_v2", ExpertLoraConfig(experts={1: [0, 5], 2: [3]}, r=4)),
         ("gpt_oss", EsftConfig(experts={0: [1], 2: [0, 3]})),
         ("llama", peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4)),
@@ -119,7 +121,7 @@ def test_training_has_the_same_losses_to_the_bit(family, config, tier, tmp_path)
     losses, rows = [], []
     for loaded in (metier.load(base), load_frozen(base, store=tier)):
         torch.manual_seed(0)
-        model = peft.get_peft_model(loaded.model, config).train()
+        model = peft.get_peft_model(loaded.model, copy.deepcopy(config)).train()
         losses.append(_losses(model))
         rows.append([p.detach() for p in model.parameters() if p.requires_grad])
     assert losses[0] == losses[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,17 @@ def test_another_dtype_is_made_when_it_is_read(tmp_path, reads):
     assert reads == []
     inputs = torch.randn(3, 8, dtype=torch.bfloat16)
     assert torch.equal(module(inputs), F.linear(inputs, numbers.bfloat16()))
+
+
+def test_a_deep_copy_is_an_ordinary_parameter(tmp_path):
+    weight = _frozen(torch.randn(3, 4, 8), tmp_path)
+    copied = copy.deepcopy(weight)
+    assert type(copied) is nn.Parameter
+    assert not copied.requires_grad
+    assert torch.equal(copied, weight.detach().numbers())
+    with torch.no_grad():
+        copied.zero_()
+    assert weight.detach().numbers().any()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from metier.errors import ModelError
@@ -75,6 +75,12 @@ class FrozenWeight(Tensor):
         assert not self.is_matrix, f"{self.store.name}: one weight is no stack"
         read = self.store.read_some([self.first + index for index in indices], self.device)
         return [(one.mT if self.is_transposed else one).to(self.dtype) for one in read]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """An ordinary parameter with the same numbers: PEFT copies the modules that are trained whole."""
+        copied = nn.Parameter(self.numbers().clone(), requires_grad=False)
+        memo[id(self)] = copied
+        return copied
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"FrozenWeight({self.store.name}, {tuple(self.shape)}, {self.dtype}, {self.store.tier})"
