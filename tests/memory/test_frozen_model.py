@@ -14,6 +14,7 @@ import metier
 from metier.data.message import Message, Record
 from metier.errors import ConfigError, ModelError, UnsupportedModelError
 from metier.memory.frozen_model import frozen_weights, load_frozen
+from metier.memory.frozen_store import FrozenStore
 from metier.memory.frozen_weight import FrozenWeight
 from metier.memory.row_adamw import RowAdamW
 from metier.methods.esft import EsftConfig
@@ -127,6 +128,23 @@ def test_training_has_the_same_losses_to_the_bit(family, config, tier, tmp_path)
     assert losses[0] == losses[1]
     assert losses[0][0] != losses[0][-1]
     assert all(torch.equal(one, other) for one, other in zip(*rows, strict=True))
+
+
+def test_a_tuned_layer_reads_the_experts_that_have_tokens_alone(tmp_path, monkeypatch):
+    read: set[int] = set()
+    want = FrozenStore._want
+
+    def spy(self, indices):
+        if "layers.1.mlp.experts." in self.name:
+            read.update(indices)
+        want(self, indices)
+
+    model = peft.get_peft_model(
+        load_frozen(_saved("deepseek_v2", tmp_path / "base")).model, EsftConfig(experts={1: [0]})
+    )
+    monkeypatch.setattr(FrozenStore, "_want", spy)
+    model(input_ids=_tokens()[:1, :1]).logits.sum().backward()
+    assert 2 <= len(read) <= 3  # the router picks three of eight, and one may be the adapter's
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
