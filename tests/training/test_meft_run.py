@@ -61,6 +61,20 @@ def test_a_run_says_what_it_trains_moves_rows_and_counts_them(
     assert all(row["key_expert_load_max"] >= 1 for row in logged if "loss" in row)
 
 
+def test_lora_on_a_dense_model_is_on_every_linear_layer_but_the_head(
+    configure: Configure, console: Console, base: Path
+) -> None:
+    dense_base(base)
+    result = train(configure(method="lora", lora_r=4, lora_dropout=0.1), console=console)
+    assert "LoRA on all linear layers" in console.file.getvalue()
+    # r times inputs and outputs of q, k, v, o and of gate, up, down
+    assert result.plan.num_trained == 2 * 4 * (4 * (32 + 32) + 3 * (32 + 48))
+    model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), result.folder / "adapter").eval()
+    ids = torch.arange(3, 20).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, result.model.eval()(input_ids=ids).logits)
+
+
 @pytest.mark.parametrize(
     "options",
     [

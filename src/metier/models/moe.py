@@ -87,12 +87,14 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
             its MoE layers claim the same decoder layer (two stacks in one model).
     """
     bare = bare_model(model)
-    layers = []
-    for path, module in bare.named_modules():
-        flags = None if OTHER_MODALITY.search(path) else contract_flags(module)
-        if flags is not None:
-            layers.append(_view(bare, path, module, flags))
+    layers = _layers_in_contract(bare)
     _refuse_foreign(bare, layers)
+    if not layers:
+        raise UnsupportedModelError(
+            f"{type(bare).__name__}: the model has no MoE layer; expected at least one whose experts follow "
+            f"transformers' experts contract.\nIt is a dense model: choose an MoE model, or tune it with method "
+            f"meft or lora."
+        )
     layers.sort(key=lambda layer: layer.index)
     for before, after in pairwise(layers):
         if before.index == after.index:
@@ -101,6 +103,27 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
                 f"a selection names a layer by its index alone.\nPass the language model inside "
                 f"{type(bare).__name__} instead of the whole."
             )
+    return layers
+
+
+def is_dense(model: nn.Module) -> bool:
+    """Whether the model has no MoE layer of any kind.
+
+    Raises:
+        UnsupportedModelError: it has one that is outside the contract.
+    """
+    bare = bare_model(model)
+    layers = _layers_in_contract(bare)
+    _refuse_foreign(bare, layers)
+    return not layers
+
+
+def _layers_in_contract(bare: nn.Module) -> list[MoELayer]:
+    layers = []
+    for path, module in bare.named_modules():
+        flags = None if OTHER_MODALITY.search(path) else contract_flags(module)
+        if flags is not None:
+            layers.append(_view(bare, path, module, flags))
     return layers
 
 
@@ -198,7 +221,7 @@ def _num_shared_experts(bare: nn.Module, block_path: str, config: object, index:
 
 
 def _refuse_foreign(bare: nn.Module, layers: list[MoELayer]) -> None:
-    """Raise if there is an MoE layer that none of `layers` covers, or no MoE layer at all."""
+    """Raise if there is an MoE layer that none of `layers` covers."""
     for raw_path, module in bare.named_modules():
         path, kind = base_path(raw_path), type(module).__name__
         name = path.rpartition(".")[2]
@@ -213,12 +236,6 @@ def _refuse_foreign(bare: nn.Module, layers: list[MoELayer]) -> None:
         raise UnsupportedModelError(
             f"{path}: {kind} is an MoE layer that does not follow transformers' experts contract (stacked "
             f"parameters with the flags {', '.join(FLAGS)}).\n{_remedy(bare)}"
-        )
-    if not layers:
-        raise UnsupportedModelError(
-            f"{type(bare).__name__}: the model has no MoE layer; expected at least one whose experts follow "
-            f"transformers' experts contract.\nIt is a dense model: choose an MoE model, "
-            f"or tune it with PEFT's LoRA."
         )
 
 

@@ -20,6 +20,7 @@ from metier.memory.frozen_weight import FrozenWeight
 from metier.memory.row_state import state_bytes
 from metier.methods.meft import MeftLayer
 from metier.methods.whole_module import COPIES
+from metier.models.moe import is_dense
 from metier.models.unwrap import base_path
 from metier.routing.selection import ExpertSelection
 
@@ -139,7 +140,7 @@ def training_plan(
     for layer in model.modules():
         for store in layer.stores.values() if isinstance(layer, MeftLayer) else ():
             row = counts[_layer_of(f".{layer.path}.")]
-            row.rows = f"{store.num_rows:,} rows in {store.num_blocks} Key-Experts ({store.tier}), and their router"
+            row.what = f"{store.num_rows:,} rows in {store.num_blocks} Key-Experts ({store.tier}), and their router"
             num_numbers = store.rows_NMWD.numel()
             row.add(
                 num_numbers,
@@ -147,6 +148,10 @@ def training_plan(
                 gradient_bytes=4 * num_numbers,
                 optimizer_bytes=state_bytes(store, row_state_dtype),
             )
+    if method == "lora":
+        where = "all linear layers" if is_dense(model) else "all experts"
+        for row in counts.values():
+            row.what = f"LoRA on {where}" if row.num_trained else ""
     order = sorted(counts, key=lambda key: (key == "other", int(key) if key != "other" else 0))
     stores = [weight.store for weight in frozen_weights(model)]
     return TrainingPlan(
@@ -168,7 +173,8 @@ class _Counts:
     gradient_bytes: int = 0
     optimizer_bytes: int = 0
     whole: dict[str, None] = field(default_factory=dict)
-    rows: str = ""
+    what: str = ""
+    """What is trained, where the method says more than the counts."""
 
     def add(self, num_trained: int, trained_bytes: int, *, gradient_bytes: int, optimizer_bytes: int) -> None:
         self.num_trained += num_trained
@@ -177,7 +183,7 @@ class _Counts:
         self.optimizer_bytes += optimizer_bytes
 
     def row(self, key: str, method: str, selection: ExpertSelection | None) -> PlanRow:
-        what = self.rows or _what(key, self.num_trained, method, selection, list(self.whole))
+        what = self.what or _what(key, self.num_trained, method, selection, list(self.whole))
         return PlanRow(
             key, what, self.num_trained, self.trained_bytes, self.num_frozen, self.gradient_bytes, self.optimizer_bytes
         )
@@ -210,8 +216,6 @@ def _what(key: str, num_trained: int, method: str, selection: ExpertSelection | 
         return "nothing"
     if method == "full":
         return "everything"
-    if method == "lora":
-        return "LoRA on all experts"
     assert selection is not None
     ids = selection.experts.get(int(key), ()) if key != "other" else ()
     if not ids:

@@ -23,7 +23,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from metier.config import RunConfig
 from metier.data.collate import Collator, PaddingFreeCollator
@@ -31,6 +31,7 @@ from metier.data.encode import Item
 from metier.data.pairs import PairCollator, token_mean_loss
 from metier.memory import RowAdamW
 from metier.models.encoder_decoder import decoder_start_token, is_encoder_decoder
+from metier.training.labelled_positions import LabelledPositionsTrainer
 from metier.training.learning_rates import set_learning_rates
 
 
@@ -67,7 +68,7 @@ def make_trainer(
             **common,
         )
     else:
-        trainer = SFTTrainer(
+        trainer = LabelledPositionsTrainer(
             args=SFTConfig(
                 dataset_kwargs={"skip_prepare_dataset": True},
                 max_length=None,

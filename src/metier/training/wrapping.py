@@ -12,7 +12,7 @@ from metier.errors import ConfigError
 from metier.methods.esft import EsftConfig
 from metier.methods.expert_lora import ExpertLoraConfig
 from metier.methods.meft import MeftConfig
-from metier.models.moe import moe_layers
+from metier.models.moe import is_dense, moe_layers
 from metier.routing.selection import ExpertSelection
 from metier.training.folder import RunFolder
 
@@ -30,7 +30,7 @@ def wrap(
         # float32 masters: in bf16 most steps of a small learning rate would round to nothing
         return model.float().requires_grad_(True)
     if config.method == "lora":
-        return peft.get_peft_model(model, _lora_on_all_experts(model, config))
+        return peft.get_peft_model(model, _lora(model, config))
     if config.method == "meft":
         return peft.get_peft_model(model, meft_config(config))
     assert selection is not None, "a run on selected experts selects before it wraps"
@@ -72,7 +72,12 @@ def meft_config(config: RunConfig) -> MeftConfig:
     )
 
 
-def _lora_on_all_experts(model: PreTrainedModel, config: RunConfig) -> peft.LoraConfig:
+def _lora(model: PreTrainedModel, config: RunConfig) -> peft.LoraConfig:
+    """On all experts of an MoE model, on all linear layers of a dense one."""
+    if is_dense(model):
+        return peft.LoraConfig(
+            r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules="all-linear"
+        )
     if config.lora_dropout:
         raise ConfigError(
             f"lora_dropout: got {config.lora_dropout}, but PEFT needs 0 where stacked experts are adapted."
