@@ -35,12 +35,14 @@ from metier.methods.meft.sparse_rows import sparse_rows
 
 RESULTS = Path(__file__).parent / "results"
 R, TOKENS, ROUNDS, ACCUMULATION = 6144, 512, 5, 16
+CROSSOVER_ROWS = (256, 512, 1024, 1536, 2048, 3072, 4096, 6144)
 
 
 class DenseAdapter(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, rows: int = R) -> None:
         super().__init__()
-        self.keys, self.values = nn.Parameter(torch.randn(width, R) * KEY_STD), nn.Parameter(torch.zeros(R, width))
+        self.keys = nn.Parameter(torch.randn(width, rows) * KEY_STD)
+        self.values = nn.Parameter(torch.zeros(rows, width))
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
         return (hidden_TD @ self.keys).relu() @ self.values
@@ -136,6 +138,32 @@ def step_part(width: int, num_layers: int, inputs: dict[str, Tensor]) -> list[st
     return lines
 
 
+def crossover_part(width: int, hidden_TD: Tensor) -> list[str]:
+    """Dense adapters of fewer rows against MEFT's: which is as fast, and which takes as much of a device."""
+    target_TD = independent(width, TOKENS, 9)
+    sparse = SparseAdapter(width)
+    meft = f"MEFT, {R:,} rows"
+    optimizer: torch.optim.Optimizer = RowAdamW(sparse.parameters(), lr=1e-4)
+    sides = {meft: step_of([sparse], optimizer, hidden_TD.clone(), target_TD)}
+    for rows in CROSSOVER_ROWS:
+        dense = DenseAdapter(width, rows)
+        optimizer = torch.optim.AdamW(dense.parameters(), lr=1e-4, fused=True)
+        sides[f"dense, {rows:,} rows"] = step_of([dense], optimizer, hidden_TD.clone(), target_TD)
+    times = {name: statistics.median(values) for name, values in seconds(sides).items()}
+    used = sparse.store.meter.take().num_blocks_used / (ROUNDS + 2) / sparse.store.num_blocks
+    # trained numbers, their gradients and moments; of MEFT's rows, which are elsewhere, those used and gradients
+    taken = {name: 16 * 2 * width * rows for name, rows in zip(list(sides)[1:], CROSSOVER_ROWS, strict=True)}
+    taken[meft] = round(8 * used * 2 * width * R) + 16 * sparse.router.numel()
+    lines = ["| side | step | of MEFT's | on the device | of MEFT's |", "|-|-|-|-|-|"]
+    for name, took in times.items():
+        lines.append(
+            f"| {name} | {1e3 * took:.1f} ms | {took / times[meft]:.2f} "
+            f"| {taken[name] / 1e6:.0f} MB | {taken[name] / taken[meft]:.2f} |"
+        )
+    print("\n".join(lines), flush=True)
+    return [*lines, ""]
+
+
 def bytes_part(width: int, batches: list[Tensor]) -> list[str]:
     """What moves where the device cannot address the store: one micro-batch, and a step of sixteen."""
     rows = []
@@ -188,6 +216,8 @@ def main() -> None:
         micro_batches = {"real": real} if width == 576 and real is not None else {"made": made}
         ((name, batches),) = micro_batches.items()
         lines += step_part(width, num_layers, {name: batches[0], "independent": independent(width, TOKENS, 1)})
+        lines += [f"One layer, {name} inputs, against dense adapters of fewer rows (fused AdamW):", ""]
+        lines += crossover_part(width, batches[0])
         lines += [f"Bytes that move, of the adapter's P, {name} inputs:", "", *bytes_part(width, batches)]
     (RESULTS / "meft_step.md").write_text("\n".join(lines))
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from metier.errors import ConfigError, RowStoreError
-from metier.memory import RowAdamW, RowStore, row_update
+from metier.memory import RowAdamW, RowStore, row_state, row_update
 from metier.memory.step_gradients import StepGradients
 
 N, M, D = 5, 3, 4
@@ -144,6 +144,54 @@ def test_lazy_updates_leave_other_rows_at_rest_and_count_for_each_row():
         parameter.grad = sparse_gradient([0, 2], 0)[0, 1]
         dense.step()
     torch.testing.assert_close(now[0, 1], parameter.detach(), **EXACT)
+
+
+@settings(max_examples=60)
+@given(
+    steps=st.lists(
+        st.tuples(st.lists(st.integers(0, N - 1), min_size=1, max_size=N, unique=True), st.integers(0, 99)),
+        min_size=1,
+        max_size=6,
+    ),
+    mode=st.sampled_from(["lazy", "exact"]),
+)
+def test_wide_rows_are_updated_in_place_to_the_bits_of_copies(steps, mode):
+    stores = []
+    for in_place_bytes in (1, 1 << 30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(row_update, "IN_PLACE_BYTES", in_place_bytes)
+            store = RowStore(N, M, 8)
+            store.rows_NMWD.copy_(torch.randn(N, M, 2, 8, generator=torch.Generator().manual_seed(0)))
+            gradients = StepGradients(store)
+            sparse = RowAdamW([gradients.holder], lr=1e-2, weight_decay=0.1, mode=mode)
+            for blocks, seed in steps:
+                generator = torch.Generator().manual_seed(seed)
+                dense = torch.randn(N, M, 2, 8, generator=generator)
+                give(gradients, dense, blocks, torch.rand(N, M, generator=generator) < 0.6)
+                sparse.step()
+                sparse.zero_grad()
+            assert sparse._rows[id(gradients)]._chunks[None].in_place == (in_place_bytes == 1)
+            sparse.state_dict()
+        stores.append(store)
+    for name in ("rows", "exp_avg", "exp_avg_sq", "steps"):
+        assert torch.equal(stores[0].array(name), stores[1].array(name)), name
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "state_dtype", "row_dtype", "in_place"),
+    [
+        (2048, "float32", "float32", True),
+        (2040, "float32", "float32", False),
+        (2056, "float32", "float32", True),
+        (2052, "float32", "float32", False),
+        (2048, "bfloat16", "float32", False),
+        (2048, "float32", "bfloat16", False),
+    ],
+)
+def test_only_wide_rows_that_are_float32_throughout_are_updated_in_place(hidden_size, state_dtype, row_dtype, in_place):
+    store = RowStore(1, 1, hidden_size, dtype=getattr(torch, row_dtype))
+    row_state.add_state(store, state_dtype)
+    assert row_update.RowChunks(store, state_dtype).in_place == in_place
 
 
 def test_ordinary_parameters_get_torchs_adamw():

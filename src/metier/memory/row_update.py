@@ -1,7 +1,8 @@
-"""AdamW over some rows of a store, in chunks that stay in the cache.
+"""AdamW over some rows of a store: wide rows where they lie, narrow ones in chunks that stay in the cache.
 
-A chunk's rows and moments are gathered, updated by torch's fused kernel, and put back: three reads and three writes of
-what is touched, whatever else the store holds.
+torch's fused kernel takes lists of tensors. Rows that are wide enough, in float32, are such tensors, together with
+their neighbours where those have seen as many steps. Of others a chunk's rows and moments are gathered, updated, and
+put back: three reads and three writes of what is touched, whatever else the store holds.
 
 `lazy_update` leaves all other rows at rest, as torch's SparseAdam does, but with a step count for each row. A row that
 is never touched neither decays nor moves on by its momentum. `catch_up` makes good for that: it takes the steps that a
@@ -24,11 +25,16 @@ from threading import get_ident
 import torch
 from torch import Tensor
 
-from metier.memory.row_state import RowBank, RowState
+from metier.memory.row_state import MOMENTS, RowBank, RowState
 from metier.memory.stochastic_rounding import round_stochastically
 
 CHUNK_BYTES = 4 << 20
 """Of one array in a chunk: measured best on a CPU whose cores share a cache of some tens of MB."""
+
+IN_PLACE_BYTES = 16 << 10
+"""Rows of so many bytes are updated in place: less and a list of them costs more than copies."""
+_KERNEL_NUMBERS = 16
+"""The kernel works on so many numbers at once, and on what is left over by another path, which may round otherwise."""
 
 MOST_MISSED_STEPS = 256
 """Missed steps that are taken one by one. What momentum is left after them (0.9 to this power is 2e-12) is below what
@@ -74,11 +80,17 @@ class RowChunks:
         self.bank, self.state = bank, RowState(bank, state_dtype)
         columns, is_cpu = 2 * bank.hidden_size, bank.device.type == "cpu"
         self.num_rows = max(1, CHUNK_BYTES // (4 * columns)) if is_cpu else 1 << 14
+        plain = is_cpu and state_dtype == "float32" and bank.dtype == torch.float32
+        self.in_place = plain and 4 * columns >= IN_PLACE_BYTES and columns % _KERNEL_NUMBERS == 0
         self._buffers = _buffers(min(self.num_rows, bank.num_rows), columns, bank.device, get_ident())
 
     @property
     def _rows_RC(self) -> Tensor:
         return self.bank.array("rows").flatten(1)
+
+    def arrays(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All rows, first and second moments as they lie, (R, C) each; of use where they are float32."""
+        return self._rows_RC, self.bank.array(MOMENTS[0]), self.bank.array(MOMENTS[1])
 
     def read(self, row_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows, first and second moments, and a place for gradients, (S, C) each."""
@@ -119,6 +131,9 @@ def update_rows(
         settings: of this step.
         seed: of the random rounding, where something is kept in bfloat16; another for each step.
     """
+    if chunks.in_place:
+        _update_in_place(chunks, row_ids, grads_GC, grad_ids, settings)
+        return
     steps_R, generator = chunks.state.steps_R, torch.Generator(chunks.bank.device).manual_seed(seed)
     for ids, places, steps in _sorted_chunks(row_ids, grad_ids, steps_R, chunks.num_rows):
         rows_SC, first_SC, second_SC, grads_SC = chunks.read(ids)
@@ -133,6 +148,26 @@ def update_rows(
         _fused_adamw([[x[part] for part in parts] for x in (rows_SC, grads_SC, first_SC, second_SC)], now, settings)
         chunks.write(ids, generator)
     steps_R.index_add_(0, row_ids, torch.ones_like(row_ids, dtype=steps_R.dtype))
+
+
+def _update_in_place(
+    chunks: RowChunks, row_ids: Tensor, grads_GC: Tensor, grad_ids: Tensor, settings: StepSettings
+) -> None:
+    """`update_rows` without copies: neighbours with equal counts of steps are one tensor to the kernel."""
+    if not len(row_ids):
+        return
+    steps_R = chunks.state.steps_R
+    steps_R.index_add_(0, row_ids, torch.ones_like(row_ids, dtype=steps_R.dtype))
+    steps_S = steps_R[row_ids]
+    is_first_S = torch.ones_like(row_ids, dtype=torch.bool)
+    is_first_S[1:] = (row_ids.diff() != 1) | (grad_ids.diff() != 1) | (steps_S.diff() != 0)
+    firsts = is_first_S.nonzero().flatten()
+    lengths = torch.cat([firsts, firsts.new_tensor([len(row_ids)])]).diff().tolist()
+    runs = list(zip(row_ids[firsts].tolist(), grad_ids[firsts].tolist(), lengths, strict=True))
+    rows_RC, first_RC, second_RC = chunks.arrays()
+    mine = [[array[row : row + length] for row, _, length in runs] for array in (rows_RC, first_RC, second_RC)]
+    grads = [grads_GC[place : place + length] for _, place, length in runs]
+    _fused_adamw([mine[0], grads, *mine[1:]], steps_S[firsts].tolist(), settings)
 
 
 @torch.no_grad()
