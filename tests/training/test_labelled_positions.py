@@ -13,6 +13,7 @@ from trl import SFTTrainer
 
 from metier.config import RunConfig
 from metier.data.encode import Encoded
+from metier.training.labelled_positions import layers_of
 from metier.training.trainer import make_trainer
 from metier.training.wrapping import wrap
 from tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
@@ -74,10 +75,10 @@ def test_the_model_is_left_as_it_was(trainer: SFTTrainer) -> None:
     ids = batch["input_ids"]
     trainer.compute_loss(trainer.model, dict(batch))
     assert trainer.model(input_ids=ids).logits.shape == (*ids.shape, VOCAB_SIZE)
-    trainer._layers().register_forward_pre_hook(lambda *_: 1 // 0)
+    layers_of(trainer).register_forward_pre_hook(lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         trainer.compute_loss(trainer.model, dict(batch))
-    assert not trainer._layers()._forward_hooks
+    assert not layers_of(trainer)._forward_hooks
 
 
 def test_a_batch_without_labels_and_one_whose_logits_are_wanted_go_trls_way(trainer: SFTTrainer) -> None:

@@ -23,7 +23,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from metier.config import RunConfig
 from metier.data.collate import Collator, PaddingFreeCollator
@@ -31,7 +31,7 @@ from metier.data.encode import Item
 from metier.data.pairs import PairCollator, token_mean_loss
 from metier.memory import RowAdamW
 from metier.models.encoder_decoder import decoder_start_token, is_encoder_decoder
-from metier.training.labelled_positions import LabelledPositionsTrainer
+from metier.training.labelled_positions import keep_to_labelled_positions
 from metier.training.learning_rates import set_learning_rates
 
 
@@ -68,7 +68,7 @@ def make_trainer(
             **common,
         )
     else:
-        trainer = LabelledPositionsTrainer(
+        trainer = SFTTrainer(
             args=SFTConfig(
                 dataset_kwargs={"skip_prepare_dataset": True},
                 max_length=None,
@@ -80,6 +80,7 @@ def make_trainer(
             data_collator=(PaddingFreeCollator if config.padding_free else Collator)(pad_token),
             **common,
         )
+        keep_to_labelled_positions(trainer)
     if config.own_learning_rates:
         set_learning_rates(trainer, model, config.own_learning_rates)
     for shown_elsewhere in (PrinterCallback, ProgressCallback):
