@@ -15,7 +15,11 @@ from families.discovery import contract_families, foreign_families, model_type
 from families.fresh import FreshProcesses
 from families.page import PAGE, row
 from families.unsupported import UNSUPPORTED
+from metier.config import RunConfig
 from metier.memory.frozen_model import frozen_weights
+from metier.methods.wrap import wrap
+from metier.planning.from_config import run_skeleton
+from metier.planning.state import training_plan
 from tiny_models import tiny_tokenizer
 
 UNLIKE = (
@@ -30,6 +34,9 @@ UNLIKE = (
     "switch_transformers",  # outside the contract; an encoder-decoder
 )
 ALL = sorted([*contract_families(), *foreign_families()])
+METHODS = ("esft", "expert_lora", "meft", "lora", "full")
+NOT_FOR = {"switch_transformers": ("lora", "meft"), "nemotron_h": ("meft",)}
+"""Methods of decoders, and of layers that have a feed-forward block."""
 MIN_SUPPORTED = 60
 """Of the families in the contract, as the README promises."""
 
@@ -76,6 +83,27 @@ def test_with_its_weights_on_disk_a_family_gives_the_same_logits(family: str, tm
     experts = {id(weight.store) for weight in frozen_weights(stored) if len(weight.store.shape) == 3}
     assert experts, "no expert is in the store"
     assert torch.equal(got, want)
+
+
+PLANNABLE = [family for family in ALL if family not in UNSUPPORTED]
+
+
+@pytest.mark.parametrize(
+    "family", [family if family in UNLIKE else pytest.param(family, marks=pytest.mark.slow) for family in PLANNABLE]
+)
+def test_a_plan_from_the_configuration_is_that_of_the_built_model(family: str, tmp_path: Path) -> None:
+    kind = model_type(family)
+    assert kind is not None
+    made_model(tiny_config(kind)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    for method in sorted(set(METHODS) - set(NOT_FOR.get(family, ()))):
+        config = RunConfig(
+            model=str(tmp_path), dataset="d", output_dir=str(tmp_path), method=method, select_top_k=2, meft_r=32
+        )
+        skeleton = run_skeleton(config)
+        built = wrap(metier.load(tmp_path).model, config, skeleton.selection)
+        expected = training_plan(built, method=method, selection=skeleton.selection)
+        assert skeleton.state(config) == expected, method
 
 
 @pytest.mark.parametrize("family", ALL)

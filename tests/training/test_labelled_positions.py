@@ -13,9 +13,9 @@ from trl import SFTTrainer
 
 from metier.config import RunConfig
 from metier.data.encode import Encoded
+from metier.methods.wrap import wrap
 from metier.training.labelled_positions import layers_of
 from metier.training.trainer import make_trainer
-from metier.training.wrapping import wrap
 from tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 ITEMS = [

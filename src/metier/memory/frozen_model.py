@@ -7,17 +7,19 @@ computes when a product needs them, forward and backward, and go again.
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from metier.errors import ConfigError
-from metier.memory.frozen_store import FrozenLayer, FrozenOrder, FrozenStore
+from metier.memory.frozen_store import FrozenLayer, FrozenOrder, FrozenStore, where_stored
 from metier.memory.frozen_weight import FrozenWeight, frozen
 from metier.memory.row_store import TIERS
 from metier.memory.weight_formats import FORMATS, weight_format
 from metier.models.load import LoadedModel, load
+from metier.models.weight_by_weight import is_large_weight, large_modules
 
 
 def load_frozen(
@@ -61,6 +63,39 @@ def load_frozen(
 def frozen_weights(model: nn.Module) -> list[FrozenWeight]:
     """The weights of a model that live in a store."""
     return [parameter for parameter in model.parameters() if isinstance(parameter, FrozenWeight)]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSizes:
+    """Of a model's weights that `load_frozen` puts into a store."""
+
+    plain_bytes: int
+    """As they are loaded."""
+    stored_bytes: int
+    """In the store."""
+    where: str
+    """In words."""
+
+
+def stored_sizes(model: nn.Module, store: str, format_name: str | None) -> StoredSizes:
+    """What `load_frozen` would put into a store, counted without loading.
+
+    Args:
+        model: bare; its weights may be on the meta device.
+        store, format_name: as `load_frozen`.
+
+    Raises:
+        ConfigError: as `load_frozen`.
+    """
+    _check(store, format_name)
+    plain, stored = 0, 0
+    for path in large_modules(model):
+        for name, weight in model.get_submodule(path).named_parameters(recurse=False):
+            if is_large_weight(name, weight):
+                num_weights, (rows, columns) = weight[..., 0, 0].numel(), weight.shape[-2:]
+                plain += weight.nbytes
+                stored += num_weights * weight_format(format_name, (rows, columns), weight.dtype).num_bytes
+    return StoredSizes(plain, stored, where_stored(store, format_name))
 
 
 class _Stores:

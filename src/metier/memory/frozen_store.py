@@ -83,8 +83,7 @@ class FrozenStore:
     @property
     def where(self) -> str:
         """Where the weights are and in which format, in words."""
-        place = "on disk" if self.tier == "disk" else f"on the {self.tier}"
-        return place if self.format_name is None else f"{place} in {self.format_name}"
+        return where_stored(self.tier, self.format_name)
 
     @torch.no_grad()
     def fill(self, weight: Tensor) -> None:
@@ -191,3 +190,9 @@ class FrozenOrder:
 def _is_in_backward() -> bool:
     # torch has no public way to ask; transformers and FSDP ask so too
     return torch._C._current_graph_task_id() != -1
+
+
+def where_stored(tier: str, format_name: str | None) -> str:
+    """Where weights are and in which format, in words."""
+    place = "on disk" if tier == "disk" else f"on the {tier}"
+    return place if format_name is None else f"{place} in {format_name}"

@@ -44,6 +44,7 @@ class RowStore:
         name: of the store, in file names and messages.
         cache_bytes: on a device that cannot address the store, for blocks that are kept across steps.
         is_remote: treat every device as one that cannot address the store, the CPU too: to measure what would move.
+        device: where the rows are made; "meta" for a store that is there to be counted.
 
     Raises:
         ConfigError: an unknown tier or dtype.
@@ -62,6 +63,7 @@ class RowStore:
         name: str = "rows",
         cache_bytes: int = 0,
         is_remote: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
         if tier not in TIERS:
             raise ConfigError(f"{name}: tier must be one of {', '.join(TIERS)}, got {tier!r}.")
@@ -87,6 +89,7 @@ class RowStore:
         """Which store this is of those that a step passes through, and how many they are."""
         self._gradients: Tensor | None = None
         self._is_read_through = False
+        self._made_on = torch.device(device)
         self.add_array("rows", (self.num_rows, 2, hidden_size), dtype)
 
     @property
@@ -108,7 +111,7 @@ class RowStore:
         Raises:
             RowStoreError: the disk has no room for it.
         """
-        device = self.arrays["rows"].device if self.arrays else torch.device("cpu")
+        device = self.arrays["rows"].device if self.arrays else self._made_on
         self.arrays[name] = self._zeros(name, shape, dtype, device)
         return self.arrays[name]
 

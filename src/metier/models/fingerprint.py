@@ -22,6 +22,16 @@ from metier.errors import UnsupportedModelError
 from metier.models.moe import MoELayer, moe_layers
 from metier.models.unwrap import bare_model, base_tensors, original_module, own_tensors
 
+_SKELETON = "_metier_is_skeleton"
+
+
+def mark_skeleton(model: nn.Module) -> None:
+    """Say of a model that it is without weights on purpose: its fingerprint then covers shapes alone.
+
+    Of any other model on the meta device (weights that another library has put elsewhere) there is no fingerprint.
+    """
+    setattr(model, _SKELETON, True)
+
 
 def fingerprint(model: nn.Module) -> str:
     """sha256 over the essential configuration and all router weights, as 64 hexadecimal digits.
@@ -40,8 +50,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(json.dumps(_essentials(bare, layers), sort_keys=True).encode())
     for layer in layers:
         for name, tensor in router_tensors(bare, layer):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(_normalised_bytes(tensor))
+            _add(digest, name, tensor, bare)
     return digest.hexdigest()
 
 
@@ -58,9 +67,14 @@ def fingerprint_of_any(model: nn.Module) -> str:
         digest = hashlib.sha256(json.dumps(_essentials(bare, []), sort_keys=True).encode())
     for name, tensor in base_tensors(bare):
         if tensor.dim() == 1:
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(_normalised_bytes(tensor))
+            _add(digest, name, tensor, bare)
     return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, name: str, tensor: Tensor, bare: nn.Module) -> None:
+    digest.update(f"{name} {tuple(tensor.shape)}".encode())
+    if not (tensor.is_meta and getattr(bare, _SKELETON, False)):
+        digest.update(_normalised_bytes(tensor))
 
 
 def _essentials(bare: nn.Module, layers: list[MoELayer]) -> dict[str, object]:

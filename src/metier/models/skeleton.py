@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from metier.errors import ModelError
+from metier.models.fingerprint import mark_skeleton
 from metier.models.foreign import follow_contract
 from metier.models.load import first_line, network_class_for, read_config, resolve_source
 
@@ -41,12 +42,52 @@ def skeleton(model: str | Path, *, trust_remote_code: bool = False) -> PreTraine
     Raises:
         ModelError, UnsupportedModelError: as `metier.load`.
     """
-    target, common = resolve_source(model), {"trust_remote_code": trust_remote_code}
-    config = read_config(target, common)
-    options: dict[str, Any] = {} if config.dtype is None else {"dtype": config.dtype}
+    config = read_config(resolve_source(model), {"trust_remote_code": trust_remote_code})
+    return skeleton_of(config, name=str(model), trust_remote_code=trust_remote_code)
+
+
+def model_config(
+    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """A model's configuration, for which neither weights nor a tokenizer need be there.
+
+    Args:
+        model: a folder with a config.json or that file itself, a hub id, or "embedded".
+        revision, trust_remote_code: as `metier.load`.
+
+    Raises:
+        ConfigError, ModelError: as `metier.load`.
+    """
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    path = Path(model).expanduser()
+    if path.is_file() or (path / "config.json").is_file():
+        return read_config(str(path), common)
+    if revision is not None:
+        common["revision"] = revision
+    return read_config(resolve_source(model, revision=revision), common)
+
+
+def skeleton_of(
+    config: PreTrainedConfig, *, name: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a configuration, its parameters on the meta device.
+
+    Args:
+        config: any; sizes and class come from it alone.
+        name: of the model, for messages.
+        dtype: of the parameters; the configuration's where it is not given.
+        trust_remote_code: as `metier.load`.
+
+    Raises:
+        ModelError, UnsupportedModelError: as `metier.load`.
+    """
+    wanted = config.dtype if dtype is None else dtype
+    options: dict[str, Any] = {} if wanted is None else {"dtype": wanted}
     with torch.device("meta"):
-        network: PreTrainedModel = network_class_for(str(model), config).from_config(config, **options, **common)
+        auto_class = network_class_for(name, config)
+        network: PreTrainedModel = auto_class.from_config(config, **options, trust_remote_code=trust_remote_code)
         follow_contract(network)
+    mark_skeleton(network)
     return network.eval()
 
 

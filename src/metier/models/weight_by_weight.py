@@ -62,6 +62,11 @@ def large_modules(model: nn.Module) -> dict[str, int]:
     return found
 
 
+def is_large_weight(name: str, weight: Tensor) -> bool:
+    """Whether a parameter of such a module is one of its weights, and no bias."""
+    return weight.dim() > 1 and name.rpartition("_")[2] != "bias"
+
+
 def from_pretrained_by_weight(
     network_class: Any, target: str, config: PreTrainedConfig, place: WeightPlace, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -125,7 +130,7 @@ def _move(module: nn.Module, path: str, layer: int, place: WeightPlace, scratch:
         owner = f"{path}.{inner_path}" if inner_path else path
         for name, empty in list(inner.named_parameters(recurse=False)):
             value: Tensor = vars(inner)["_hf_hook"].weights_map[name]
-            is_large = inner is module and value.dim() > 1 and name.rpartition("_")[2] != "bias"
+            is_large = inner is module and is_large_weight(name, value)
             filled = place.put(f"{owner}.{name}", layer, value) if is_large else nn.Parameter(value.clone())
             filled.requires_grad_(False)
             inner._parameters[name] = filled

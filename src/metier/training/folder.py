@@ -10,6 +10,7 @@ from pathlib import Path
 from metier.config import RunConfig
 from metier.config_reading import load_run_config
 from metier.errors import RunError
+from metier.methods.wrap import ROWS_FOLDER
 
 MAY_DIFFER_ON_RESUME = {
     "resume_from_checkpoint", "report_to", "logging_steps", "save_steps", "save_total_limit", "output_dir",
@@ -49,7 +50,7 @@ class RunFolder:
     @property
     def rows(self) -> Path:
         """Rows of a sparse adapter on disk, while the run goes on."""
-        return self.root / "rows"
+        return self.root / ROWS_FOLDER
 
     @property
     def adapter(self) -> Path:

@@ -24,8 +24,10 @@ from metier.data.records import load_records, mix
 from metier.deltas.save import save_delta
 from metier.memory.allocator import give_memory_back
 from metier.memory.frozen_model import load_frozen
+from metier.methods.wrap import meft_config, selects_experts, wrap
 from metier.models.encoder_decoder import is_encoder_decoder, refuse_encoder_decoder
 from metier.models.load import LoadedModel, load
+from metier.planning.state import TrainingPlan, training_plan
 from metier.routing.selection import ExpertSelection
 from metier.training.apart import check_records_stay_apart
 from metier.training.callbacks import (
@@ -37,12 +39,10 @@ from metier.training.callbacks import (
 )
 from metier.training.checkpoints import MarkCheckpoints, find_checkpoint
 from metier.training.folder import RunFolder, open_folder
-from metier.training.plan import TrainingPlan, training_plan
 from metier.training.report import write_run_report
 from metier.training.selecting import run_selection, selection_config
 from metier.training.store_metrics import CountFrozen, CountRows
 from metier.training.trainer import make_trainer
-from metier.training.wrapping import meft_config, selects_experts, wrap
 
 WORTH_TELLING = 0.2
 """Share of padding in a batch from which a run says so."""

@@ -46,6 +46,8 @@ class MeftLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: MeftConfig, *, num_layers: int = 1) -> None:
         """Add an adapter whose values are 0, so that it changes nothing yet; it has `num_layers` layers in all."""
         sizes = config.sizes
+        base_device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
+        made_on = torch.device("meta" if base_device.type == "meta" else "cpu")
         folder = None if config.store_folder is None else Path(config.store_folder) / adapter_name
         store = RowStore(
             sizes.num_key_experts,
@@ -56,17 +58,17 @@ class MeftLayer(nn.Module, BaseTunerLayer):
             folder=folder,
             name=self.path,
             cache_bytes=config.cache_bytes // num_layers,
+            device=made_on,
         )
-        router_ND = torch.empty(sizes.num_key_experts, self.hidden_size)
+        router_ND = torch.empty(sizes.num_key_experts, self.hidden_size, device=made_on)
         scale = router_scale(sizes, self.hidden_size)
-        for block in range(sizes.num_key_experts):
+        for block in range(0 if router_ND.is_meta else sizes.num_key_experts):
             keys_MD = torch.randn(sizes.rows_per_key_expert, self.hidden_size) * KEY_STD
             store.rows_NMWD[block, :, 0].copy_(keys_MD)
             store.changed([block])
             router_ND[block] = scale * keys_MD.mean(0)
         self.stores[adapter_name], self.configs[adapter_name] = store, config
-        device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
-        self.meft_router[adapter_name] = nn.Parameter(router_ND.to(device))
+        self.meft_router[adapter_name] = nn.Parameter(router_ND.to(base_device))
         self.meft_gradients[adapter_name] = StepGradients(store).holder
         BaseTunerLayer.set_adapter(self, BaseTunerLayer.active_adapters.fget(self))
 

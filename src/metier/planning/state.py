@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.table import Table
 from torch import nn
 
-from metier.memory.frozen_model import frozen_weights
+from metier.memory.frozen_model import StoredSizes, frozen_weights
 from metier.memory.frozen_weight import FrozenWeight
 from metier.memory.row_state import state_bytes
 from metier.methods.meft import MeftLayer
@@ -112,7 +112,12 @@ class TrainingPlan:
 
 
 def training_plan(
-    model: nn.Module, *, method: str, selection: ExpertSelection | None, row_state_dtype: str = "float32"
+    model: nn.Module,
+    *,
+    method: str,
+    selection: ExpertSelection | None,
+    row_state_dtype: str = "float32",
+    stored: StoredSizes | None = None,
 ) -> TrainingPlan:
     """Count what wants gradients and what does not, per decoder layer.
 
@@ -121,6 +126,7 @@ def training_plan(
         method: as in RunConfig.
         selection: of the methods that have one.
         row_state_dtype: what the optimizer keeps the moments of a sparse adapter's rows in.
+        stored: of base weights that will be in a store, where the model is without weights and has none of them yet.
     """
     counts: dict[str, _Counts] = {}
     base_bytes = 0
@@ -154,12 +160,16 @@ def training_plan(
             row.what = f"LoRA on {where}" if row.num_trained else ""
     order = sorted(counts, key=lambda key: (key == "other", int(key) if key != "other" else 0))
     stores = [weight.store for weight in frozen_weights(model)]
+    stored_bytes, where = sum(store.num_bytes for store in stores), stores[0].where if stores else ""
+    if stored is not None:
+        base_bytes += stored.stored_bytes - stored.plain_bytes
+        stored_bytes, where = stored.stored_bytes, stored.where
     return TrainingPlan(
         method,
         tuple(counts[key].row(key, method, selection) for key in order),
         base_bytes,
-        stored_bytes=sum(store.num_bytes for store in stores),
-        stored_how=stores[0].where if stores else "",
+        stored_bytes=stored_bytes,
+        stored_how=where,
     )
 
 

@@ -14,7 +14,9 @@ from metier.methods.expert_lora import ExpertLoraConfig
 from metier.methods.meft import MeftConfig
 from metier.models.moe import is_dense, moe_layers
 from metier.routing.selection import ExpertSelection
-from metier.training.folder import RunFolder
+
+ROWS_FOLDER = "rows"
+"""Of a run's folder: rows of a sparse adapter on disk, while the run goes on."""
 
 
 def wrap(
@@ -66,7 +68,7 @@ def meft_config(config: RunConfig) -> MeftConfig:
         semantics=config.meft_semantics,
         scaling=config.meft_scaling,
         store=config.meft_store,
-        store_folder=str(RunFolder(Path(config.output_dir)).rows),
+        store_folder=str(Path(config.output_dir) / ROWS_FOLDER),
         cache_bytes=config.meft_cache_bytes,
         row_dtype=config.meft_row_dtype,
     )

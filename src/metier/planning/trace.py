@@ -1,0 +1,145 @@
+"""What a step computes and keeps, operation by operation, without computing it.
+
+Floating-point tensors are fake: they have shapes, strides and storages, and no numbers. Integers are real, because
+which rows an expert has decides what is computed; a router's choice, which would need numbers, is put in its place. So
+the model's own code runs, our autograd functions too, and what it allocates and frees is counted as it happens.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+
+
+@dataclass(slots=True)
+class Operations:
+    """What was computed between two marks."""
+
+    flops: int = 0
+    """Of matrix products and attention, two for each multiplication and addition."""
+    bytes_moved: int = 0
+    """Read and written by all operations, each tensor once an operation."""
+    count: int = 0
+
+    def __add__(self, other: Operations) -> Operations:
+        return Operations(self.flops + other.flops, self.bytes_moved + other.bytes_moved, self.count + other.count)
+
+
+@dataclass(slots=True)
+class Memory:
+    """Bytes of storages that operations made and that are still held."""
+
+    live: int = 0
+    peak: int = 0
+    _held: dict[int, weakref.ref[Any]] = field(default_factory=dict)
+
+    def made(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._held:
+            return
+        num_bytes = storage.nbytes()
+        self.live += num_bytes
+        self.peak = max(self.peak, self.live)
+
+        def freed(_: Any) -> None:
+            self.live -= num_bytes
+            self._held.pop(key, None)
+
+        self._held[key] = weakref.ref(storage, freed)
+
+    def known(self, tensor: Tensor) -> None:
+        """Leave a storage out that was there before."""
+        storage = tensor.untyped_storage()
+        self._held.setdefault(storage._cdata, weakref.ref(storage, lambda _: None))
+
+
+class Tracer(TorchDispatchMode):
+    """Counts everything that is computed under it; with a `FakeTensorMode`, of floating-point tensors nothing is."""
+
+    def __init__(self, fake: FakeTensorMode | None) -> None:
+        super().__init__()
+        self.fake, self.memory, self.operations = fake, Memory(), Operations()
+
+    def __torch_dispatch__(
+        self, func: Any, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return func(*args, **kwargs)  # a question, nothing that is computed
+        inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        if self.fake is None:
+            out = func(*args, **kwargs)
+        elif any(isinstance(x, FakeTensor) for x in inputs):
+            out = self._faked(func, args, kwargs)
+        else:
+            out = self._without_fakes(func, args, kwargs)
+        outputs = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
+        self._count(func, args, kwargs, out, inputs, outputs)
+        return out
+
+    def _faked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
+            # a mask's number of places is known where the mask is
+            args = (args[0], _as_places(args[1]), *args[2:])
+        assert self.fake is not None, "asked for only where there is one"
+        with self.fake:
+            return func(*args, **kwargs)
+
+    def _without_fakes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self.fake is not None, "asked for only where there is one"
+        dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        if func._overloadpacket in _FACTORIES and dtype.is_floating_point:
+            with self.fake:
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _count(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+    ) -> None:
+        for tensor in outputs:
+            self.memory.made(tensor)
+        known = {tensor.untyped_storage()._cdata for tensor in inputs}
+        if outputs and not func._schema.is_mutable and all(x.untyped_storage()._cdata in known for x in outputs):
+            return  # views
+        self.operations.count += 1
+        self.operations.bytes_moved += sum(_seen_bytes(tensor) for tensor in (*inputs, *outputs))
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self.operations.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+        elif packet is aten.addmm_:
+            self.operations.flops += 2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
+
+
+_FACTORIES = frozenset({aten.empty, aten.zeros, aten.ones, aten.randn, aten.rand, aten.empty_strided})
+"""What makes tensors of the default dtype out of sizes alone."""
+
+
+def _as_places(indices: Any) -> list[Tensor | None]:
+    found: list[Tensor | None] = []
+    for index in indices:
+        if isinstance(index, Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor):
+            found += list(index.nonzero().unbind(1))
+        else:
+            found.append(index)
+    return found
+
+
+def _seen_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,76 @@
+"""A step under fake tensors counts what the real step computes and allocates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from metier.config import RunConfig
+from metier.methods.wrap import wrap
+from metier.models.moe import moe_layers
+from metier.models.skeleton import skeleton_of
+from metier.planning.trace import Tracer
+from metier.routing.selection import ExpertSelection
+from tiny_models import tiny_model
+
+SELECTION = ExpertSelection(experts={1: (2, 5), 2: (0, 3)})
+IDS = torch.arange(3, 3 + 4 * 40).view(4, 40) % 200
+CONFIG = RunConfig(model="m", dataset="d", output_dir="o", lora_r=4)
+
+
+def step(model: nn.Module, tracer: Tracer) -> tuple[int, int, int]:
+    """Peak bytes, operations and floating-point operations of a forward and a backward pass."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tracer.memory.known(tensor)
+    with tracer:
+        hidden_BTD: Tensor = model(input_ids=IDS, use_cache=False).logits
+        hidden_BTD.float().log_softmax(-1).sum().backward()
+    return tracer.memory.peak, tracer.operations.count, tracer.operations.flops
+
+
+def without_numbers(model: nn.Module, routes: dict[str, Tensor]) -> FakeTensorMode:
+    """Make a skeleton's parameters fake, and let its experts have those routes."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def faked(tensor: Tensor) -> Tensor:
+        return fake.fake_tensor_converter.from_meta_and_device(fake, tensor.detach(), torch.device("cpu"))
+
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(faked(parameter), requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = faked(buffer)
+    for layer in moe_layers(model):
+        layer.entry.register_forward_pre_hook(lambda _, args, path=layer.path: (args[0], routes[path], *args[2:]))
+    return fake
+
+
+@pytest.mark.parametrize("method", ["esft", "expert_lora"])
+def test_a_fake_step_counts_what_the_real_one_does(method: str) -> None:
+    config = RunConfig(model="m", dataset="d", output_dir="o", method=method, lora_r=4)
+    base = tiny_model("deepseek_v2")
+    model = wrap(base, config, SELECTION).train()
+    routes: dict[str, Tensor] = {}
+    hooks = [
+        layer.entry.register_forward_pre_hook(lambda _, args, path=layer.path: routes.update({path: args[1]}))
+        for layer in moe_layers(model)
+    ]
+    model(input_ids=IDS)
+    for hook in hooks:
+        hook.remove()
+    skeleton = skeleton_of(base.config, name="tiny", dtype=torch.float32)
+    with torch.device("meta"):
+        wrapped = wrap(skeleton, config, SELECTION).train()
+    for layer in moe_layers(wrapped):
+        for name in layer.entry._ids():
+            layer.entry._ids()[name] = torch.tensor(SELECTION.experts[layer.index])
+    fake = without_numbers(wrapped, routes)
+    peak, count, flops = step(model, Tracer(None))
+    fake_peak, fake_count, fake_flops = step(wrapped, Tracer(fake))
+    assert (fake_count, fake_flops) == (count, flops)
+    assert fake_peak == pytest.approx(peak, rel=0.01)
+    assert all(parameter.grad is not None for parameter in wrapped.parameters() if parameter.requires_grad)
