@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import metier
 from metier.config import RunConfig
-from metier.data.encode import encode_records
+from metier.data.encode import IGNORED, encode_records
 from metier.data.records import load_records
 from metier.evaluation.generate import encode_prompts, generate_replies
 from metier.evaluation.likelihood import ScoredSequence, negative_log_likelihoods
@@ -47,7 +47,7 @@ ROWS = 1024
 EQUAL_MEMORY_ROWS = 544
 """Of the Parallel Adapter that takes as much memory on the accelerator as MEFT: see `accelerator_bytes` of lines."""
 LORA_RANK = 62
-"""As many parameters as that Parallel Adapter, to 4%."""
+"""As many parameters as that Parallel Adapter, to 1%."""
 DENSE = {"method": "meft", "meft_num_key_experts": 1, "meft_gate": "none"}
 SIDES: dict[str, dict[str, object]] = {
     "lora": {"method": "lora", "lora_r": LORA_RANK, "lora_alpha": 2.0 * LORA_RANK},
@@ -101,8 +101,8 @@ def accelerator_bytes(side: str, folder: Path, num_trained: int) -> int:
         return 16 * num_trained
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     used = max(1 - row["key_experts_unused"] for row in logged if "key_experts_unused" in row)
-    num_rows = 2 * ROWS * HIDDEN_SIZE * NUM_LAYERS
-    return round(8 * used * num_rows) + 16 * (num_trained - num_rows)
+    in_rows = 2 * ROWS * HIDDEN_SIZE * NUM_LAYERS
+    return round(8 * used * in_rows) + 16 * (num_trained - in_rows)
 
 
 def execute(run: Run) -> dict:
@@ -144,7 +144,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: 
     encoded = encode_records(load_records(folder / "validation.jsonl"), tokenizer, max_length=MAX_LENGTH)
     sequences, num_tokens = [], 0
     for item in encoded.items:
-        start = next(position for position, label in enumerate(item.labels) if label != -100)
+        start = next(position for position, label in enumerate(item.labels) if label != IGNORED)
         sequences.append(ScoredSequence(token_ids=tuple(item.input_ids), start=start))
         num_tokens += len(item.input_ids) - start
     loss = sum(negative_log_likelihoods(model, sequences)) / num_tokens

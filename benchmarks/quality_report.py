@@ -141,8 +141,7 @@ def front_table(rows: Rows, task: str, mix: bool) -> list[str]:
     lines = [f"### Every rate: {task}, {'mixed' if mix else 'task records alone'}, seed 0", ""]
     lines += [f"| method | rate | {metric} | forgetting |", "|-|-|-|-|"]
     lines += [
-        f"| {TITLES[m]} | {r:g} | {row['test'][metric]:.2f} | {forgetting(row, base):+.4f} |"
-        for m, r, row in points
+        f"| {TITLES[m]} | {r:g} | {row['test'][metric]:.2f} | {forgetting(row, base):+.4f} |" for m, r, row in points
     ]
     return [*lines, ""]
 

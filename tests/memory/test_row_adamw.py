@@ -177,6 +177,22 @@ def test_wide_rows_are_updated_in_place_to_the_bits_of_copies(steps, mode):
         assert torch.equal(stores[0].array(name), stores[1].array(name)), name
 
 
+def test_neighbours_whose_gradients_lie_apart_are_updated_in_place_each_with_its_own():
+    stores = []
+    for in_place in (True, False):
+        store = RowStore(1, 4, 8)
+        store.rows_NMWD.copy_(torch.arange(64.0).view(1, 4, 2, 8))
+        row_state.add_state(store, "float32")
+        chunks = row_update.RowChunks(store, "float32")
+        chunks.in_place = in_place
+        grads = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+        places = torch.tensor([2, 0, 1, 3])
+        row_update.update_rows(chunks, torch.arange(4), grads, places, row_update.StepSettings(1e-2, 0.1), seed=0)
+        assert torch.equal(store.array("exp_avg"), grads[places] * (1 - 0.9))
+        stores.append(store)
+    assert torch.equal(stores[0].rows_NMWD, stores[1].rows_NMWD)
+
+
 @pytest.mark.parametrize(
     ("hidden_size", "state_dtype", "row_dtype", "in_place"),
     [

@@ -17,7 +17,6 @@ from tiny_models import tiny_model
 
 SELECTION = ExpertSelection(experts={1: (2, 5), 2: (0, 3)})
 IDS = torch.arange(3, 3 + 4 * 40).view(4, 40) % 200
-CONFIG = RunConfig(model="m", dataset="d", output_dir="o", lora_r=4)
 
 
 def step(model: nn.Module, tracer: Tracer) -> tuple[int, int, int]:
@@ -74,3 +73,21 @@ def test_a_fake_step_counts_what_the_real_one_does(method: str) -> None:
     assert (fake_count, fake_flops) == (count, flops)
     assert fake_peak == pytest.approx(peak, rel=0.01)
     assert all(parameter.grad is not None for parameter in wrapped.parameters() if parameter.requires_grad)
+
+
+def test_memory_is_what_is_held_and_the_most_that_was() -> None:
+    kept, tracer = torch.ones(1000), Tracer(None)
+    tracer.memory.known(kept)
+    with tracer:
+        doubled = kept * 2
+        view = doubled.view(10, 100)
+        summed = view + 1
+        assert tracer.memory.live == tracer.memory.peak == 2 * 4000
+        del doubled, view
+        assert tracer.memory.live == 4000
+        kept.add_(1)
+        smaller = summed[:10].sum()
+    assert (tracer.memory.live, tracer.memory.peak) == (4000 + smaller.nbytes, 2 * 4000)
+    # a product, a sum, one in place and a sum over all; views move nothing
+    assert tracer.operations.count == 4
+    assert tracer.operations.bytes_moved == 2 * 8000 + 8000 + 4000 + 4

@@ -89,8 +89,7 @@ class RowStore:
         """Which store this is of those that a step passes through, and how many they are."""
         self._gradients: Tensor | None = None
         self._is_read_through = False
-        self._made_on = torch.device(device)
-        self.add_array("rows", (self.num_rows, 2, hidden_size), dtype)
+        self.arrays["rows"] = self._zeros("rows", (self.num_rows, 2, hidden_size), dtype, torch.device(device))
 
     @property
     def rows_NMWD(self) -> Tensor:
@@ -111,8 +110,7 @@ class RowStore:
         Raises:
             RowStoreError: the disk has no room for it.
         """
-        device = self.arrays["rows"].device if self.arrays else self._made_on
-        self.arrays[name] = self._zeros(name, shape, dtype, device)
+        self.arrays[name] = self._zeros(name, shape, dtype, self.arrays["rows"].device)
         return self.arrays[name]
 
     def gradient_room(self, device: torch.device) -> Tensor | None:

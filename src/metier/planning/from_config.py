@@ -13,7 +13,6 @@ from metier.config import RunConfig
 from metier.errors import ConfigError
 from metier.memory.frozen_model import StoredSizes, stored_sizes
 from metier.methods.wrap import selects_experts, wrap
-from metier.models.encoder_decoder import is_encoder_decoder
 from metier.models.moe import moe_layers
 from metier.models.skeleton import model_config, skeleton_of
 from metier.planning.state import TrainingPlan, training_plan
@@ -54,15 +53,13 @@ def run_skeleton(config: RunConfig, base: PreTrainedConfig | None = None) -> Ske
         base: the model's configuration; read from `config.model`, a folder, a config.json or a hub id, if not given.
 
     Raises:
-        ConfigError: the method does not go with the model.
+        ConfigError: more experts a layer than there are.
         MetierError: as loading, selecting and wrapping raise.
     """
     if base is None:
         base = model_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     bare = skeleton_of(base, name=config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
-    if is_encoder_decoder(bare) and config.method in ("lora", "meft"):
-        raise ConfigError(f"{config.model}: method {config.method} is for decoders. Use esft, expert_lora or full.")
     stored = stored_sizes(bare, config.base_store, config.base_format) if config.has_frozen_base else None
     selection, assumptions = _selection(bare, config) if selects_experts(config) else (None, ())
     with torch.device("meta"):

@@ -23,16 +23,13 @@ aten = torch.ops.aten
 
 @dataclass(slots=True)
 class Operations:
-    """What was computed between two marks."""
+    """What was computed under a tracer."""
 
     flops: int = 0
     """Of matrix products and attention, two for each multiplication and addition."""
     bytes_moved: int = 0
     """Read and written by all operations, each tensor once an operation."""
     count: int = 0
-
-    def __add__(self, other: Operations) -> Operations:
-        return Operations(self.flops + other.flops, self.bytes_moved + other.bytes_moved, self.count + other.count)
 
 
 @dataclass(slots=True)
