@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 
 import peft
@@ -217,6 +218,53 @@ def test_merging_into_weights_in_a_store_is_refused(tmp_path):
     model = peft.get_peft_model(load_frozen(base).model, EsftConfig(experts={1: [0, 5]}))
     with pytest.raises(ModelError, match="is frozen in a store"):
         model.merge_and_unload()
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(r=2),
+        peft.LoraConfig(r=2, use_dora=True),
+        peft.IA3Config(feedforward_modules=["up_proj"]),
+        peft.LoHaConfig(r=2),
+        peft.LoKrConfig(r=2),
+        peft.OFTConfig(oft_block_size=4),
+        peft.BOFTConfig(boft_block_size=4),
+        peft.HRAConfig(r=2),
+        peft.MissConfig(r=2),
+        peft.VeraConfig(r=2),
+        peft.FourierFTConfig(n_frequency=5),
+        peft.ShiraConfig(r=2),
+    ],
+    ids=lambda config: config.peft_type.value + "_DORA" * getattr(config, "use_dora", False),
+)
+def test_no_peft_method_merges_into_weights_in_a_store(config, safe, tmp_path):
+    config = copy.deepcopy(config)
+    config.target_modules = {"q_proj", "up_proj"}
+    model = peft.get_peft_model(load_frozen(_saved("llama", tmp_path / "base")).model, config).eval()
+    with pytest.raises(ModelError, match="is frozen in a store"):
+        model.merge_and_unload(safe_merge=safe)
+
+
+def test_an_adapter_that_changes_the_base_at_its_start_is_refused(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    with pytest.raises(ModelError, match=r"q_proj\.weight: is frozen in a store \(host\) and cannot be written"):
+        peft.get_peft_model(load_frozen(_saved("llama", tmp_path / "base")).model, config)
+
+
+def test_a_model_in_a_store_cannot_be_saved_whole_and_says_so(tmp_path):
+    model = load_frozen(_saved("llama", tmp_path / "base"), store="disk").model
+    with pytest.raises(ModelError, match=r"save the adapter alone and merge it into the model's files: metier merge"):
+        model.save_pretrained(tmp_path / "copy")
+
+
+def test_a_pickled_model_is_an_ordinary_one(tmp_path):
+    model = load_frozen(_saved("deepseek_v2", tmp_path / "base"), store="disk").model
+    loaded = pickle.loads(pickle.dumps(model))
+    assert frozen_weights(loaded) == []
+    with torch.no_grad():
+        assert torch.equal(loaded(_tokens()).logits, model(_tokens()).logits)
 
 
 def test_a_profile_is_the_one_of_the_model_in_memory(tmp_path):

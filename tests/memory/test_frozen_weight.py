@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,17 @@ def test_choosing_and_transposing_reads_nothing(tmp_path, reads):
         lambda w: w[1].to(torch.float64),
         lambda w: w[::2],
         lambda w: w[3:1],
+        lambda w: w[1:4][:, 1].T,
+        lambda w: w[:, 1:3][2],
+        lambda w: w.view(-1)[7:].double(),
+        lambda w: w.view(torch.int32),
+        lambda w: w.half().mT[:, ::2].float(),
+        lambda w: w.expand(2, 5, 4, 6),
+        lambda w: w.unsqueeze(0).squeeze(0)[3],
+        lambda w: w.chunk(2, dim=1)[1],
+        lambda w: w.unbind()[2],
+        lambda w: w.diagonal(dim1=1, dim2=2).detach(),
+        lambda w: w.split([1, 4])[1].mT,
         lambda w: w + 1,
     ],
 )
@@ -151,6 +163,44 @@ def test_experts_by_their_ids_are_all_that_is_read(tmp_path, reads):
     assert reads == [[5, 2]]
 
 
+def test_a_view_that_is_no_expert_reads_nothing_before_it_is_used(tmp_path, reads):
+    weight = _frozen(torch.randn(6, 4, 8), tmp_path)
+    view = weight[1:3].reshape(-1)
+    assert reads == []
+    view.sum()
+    assert reads == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    "look",
+    [lambda w: w.select(0, 3), lambda w: w.select(0, -4), lambda w: w[torch.tensor([0, 3])], lambda w: w[[-4]]],
+)
+def test_an_expert_that_is_not_there_raises(tmp_path, look):
+    stack = torch.randn(3, 4, 8)
+    with pytest.raises(IndexError):
+        look(stack)
+    with pytest.raises(IndexError):
+        look(_frozen(stack, tmp_path))
+
+
+def test_every_conversion_rounds(tmp_path):
+    numbers = torch.randn(4, 8)
+    module = nn.Linear(8, 4, bias=False)
+    module.weight = _frozen(numbers, tmp_path)
+    assert torch.equal(module.weight.half().float() + 0, numbers.half().float())
+    module.half().float()
+    assert torch.equal(module.weight + 0, numbers.half().float())
+    assert not torch.equal(numbers.half().float(), numbers)
+
+
+def test_on_the_meta_device_there_are_no_numbers_and_the_store_keeps_its_own(tmp_path):
+    numbers = torch.randn(3, 4, 8)
+    weight = _frozen(numbers, tmp_path, tier="device")
+    empty = weight.to("meta")
+    assert ((empty + 1).device.type, empty.mT.some([1])[0].shape) == ("meta", (8, 4))
+    assert torch.equal(weight + 0, numbers)
+
+
 def test_another_dtype_is_made_when_it_is_read(tmp_path, reads):
     module = nn.Linear(8, 4, bias=False)
     numbers = module.weight.detach().clone()
@@ -174,6 +224,10 @@ def test_a_deep_copy_is_an_ordinary_parameter(tmp_path):
     assert weight.detach().numbers().any()
 
 
+ONE = torch.tensor(1.0)
+
+
+@pytest.mark.parametrize("tier", ["device", "host", "disk"])
 @pytest.mark.parametrize(
     "write",
     [
@@ -181,14 +235,111 @@ def test_a_deep_copy_is_an_ordinary_parameter(tmp_path):
         lambda w: w.copy_(torch.zeros(3, 4, 8)),
         lambda w: w.__setitem__(torch.tensor([1]), 0.0),
         lambda w: w[1].mul_(2),
+        lambda w: w.data.add_(1),
+        lambda w: setattr(w, "data", torch.zeros(3, 4, 8)),
+        lambda w: setattr(w, "data", w.data[:1]),
+        lambda w: w.__iadd__(1),
+        lambda w: w.view(-1).zero_(),
+        lambda w: w.reshape(-1)[3:5].fill_(1),
+        lambda w: w[:, 1].zero_(),
+        lambda w: w.permute(2, 0, 1).sub_(1),
+        lambda w: w.chunk(2, dim=2)[1].neg_(),
+        lambda w: w.diagonal().fill_(0),
+        lambda w: w.set_(torch.zeros(3, 4, 8)),
+        lambda w: w.resize_(2),
+        lambda w: w.index_add_(0, torch.tensor([1]), torch.ones(1, 4, 8)),
+        lambda w: torch.add(torch.ones(3, 4, 8), 1, out=w),
+        lambda w: torch._foreach_add_([torch.ones(2), w], 1.0),
+        lambda w: torch._foreach_mul_([w.detach()], [torch.ones(3, 4, 8)]),
+        lambda w: torch._fused_adamw_(
+            [w.detach()], *([torch.ones(3, 4, 8)] for _ in range(3)), [], [ONE],
+            lr=0.1, beta1=0.9, beta2=0.9, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
+        ),
+        lambda w: nn.init.normal_(w),
+        lambda w: nn.utils.vector_to_parameters(torch.zeros(96), [w]),
     ],
-)
-def test_nobody_can_write_into_it(tmp_path, write):
+)  # fmt: skip
+def test_nobody_can_write_into_it(tmp_path, write, tier):
     stack = torch.randn(3, 4, 8)
-    weight = _frozen(stack, tmp_path)
-    with torch.no_grad(), pytest.raises(ModelError, match=r"w: is frozen in a store \(host\) and cannot be written"):
+    weight = _frozen(stack, tmp_path, tier=tier)
+    with torch.no_grad(), pytest.raises(ModelError, match=rf"w: is frozen in a store \({tier}\) and cannot be written"):
         write(weight)
     assert torch.equal(weight.detach().numbers(), stack)
+
+
+@pytest.mark.parametrize(
+    "share",
+    [
+        lambda w: torch.empty(0).set_(w.detach()),
+        lambda w: torch.from_dlpack(w),
+        lambda w: w.detach().clone(),
+        lambda w: w.contiguous().to(torch.float32, copy=True) + 0,
+        lambda w: copy.deepcopy(w),
+        lambda w: copy.copy(w),
+    ],
+)
+def test_what_would_share_its_memory_is_a_copy(tmp_path, share):
+    stack = torch.randn(3, 4, 8)
+    weight = _frozen(stack, tmp_path)
+    with torch.no_grad():
+        shared = share(weight)
+        assert torch.equal(shared, stack)
+        if not isinstance(shared, FrozenWeight):
+            shared.zero_()
+    assert torch.equal(weight.detach().numbers(), stack)
+
+
+def test_what_is_written_elsewhere_from_it_is_written(tmp_path):
+    numbers, out = torch.randn(4, 8), torch.empty(2, 4)
+    with torch.no_grad():
+        torch.mm(torch.ones(2, 8), _frozen(numbers, tmp_path).T, out=out)
+    assert torch.equal(out, torch.ones(2, 8) @ numbers.T)
+    assert torch.equal(torch.zeros(4, 8).copy_(_frozen(numbers, tmp_path).detach()), numbers)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [lambda w: w.requires_grad_(), lambda w: setattr(w, "requires_grad", True), lambda w: nn.Parameter(w.detach())],
+)
+def test_it_cannot_be_trained(tmp_path, train):
+    weight = _frozen(torch.randn(4, 8), tmp_path)
+    with pytest.raises(ModelError, match=r"w: is frozen in a store \(host\) and cannot be trained"):
+        train(weight)
+    weight.requires_grad_(False)
+    weight.requires_grad = False
+    assert not F.linear(torch.ones(8), weight).requires_grad
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_saved_and_loaded_it_is_an_ordinary_parameter(tmp_path, tier):
+    stack = torch.randn(3, 4, 8)
+    weight = _frozen(stack, tmp_path, tier=tier)
+    torch.save({"w": weight}, tmp_path / "saved.pt")
+    for loaded in (torch.load(tmp_path / "saved.pt", weights_only=True)["w"], pickle.loads(pickle.dumps(weight))):
+        assert type(loaded) is nn.Parameter
+        assert torch.equal(loaded, stack)
+
+
+@pytest.mark.parametrize("share", [lambda m: m.share_memory(), lambda m: m.weight.untyped_storage()])
+def test_its_memory_cannot_be_asked_for(tmp_path, share):
+    module = nn.Linear(8, 4, bias=False)
+    module.weight = _frozen(torch.randn(4, 8), tmp_path)
+    with pytest.raises(ModelError, match=r"w: is frozen in a store \(host\) and has no memory that could be"):
+        share(module)
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_a_compiled_model_gives_the_same(tmp_path, tier):
+    torch.compiler.reset()
+    numbers = torch.randn(2, 8, 8)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 8, bias=False))
+    for module, weight in zip((model[0], model[2]), numbers, strict=True):
+        module.weight = _frozen(weight, tmp_path, tier=tier)
+    inputs = torch.randn(3, 8, requires_grad=True)
+    outs = [run(inputs) for run in (model, torch.compile(model, backend="aot_eager"))]
+    grads = [torch.autograd.grad(out.square().sum(), inputs)[0] for out in outs]
+    assert torch.equal(*outs)
+    assert torch.equal(*grads)
 
 
 def test_a_store_on_disk_leaves_no_file_behind(tmp_path):
