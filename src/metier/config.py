@@ -199,8 +199,11 @@ class RunConfig:
                 "base_store and base_format keep the base's weights where they cannot be changed, and method "
                 f"{self.method} changes them. Use method esft, expert_lora or meft, or leave them out."
             )
-        if self.base_folder is not None and self.base_store != "disk":
-            raise ConfigError(f"base_folder needs base_store: disk, got {self.base_store}. Leave one of them out.")
+        if self.base_folder is not None and not self.has_frozen_base:
+            raise ConfigError(
+                f"base_folder: got {self.base_folder!r}, but the base's weights are in no store. Set base_store or "
+                "base_format, or leave it out."
+            )
         _require(self.lora_dropout < 1, "lora_dropout", "be less than 1", self.lora_dropout)
 
     @property

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import copy
+import gc
+import os
 import pickle
+import random
+import subprocess
+import sys
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 import metier
 from metier.data.message import Message, Record
-from metier.errors import ConfigError, ModelError, UnsupportedModelError
+from metier.errors import ConfigError, ModelError, RowStoreError, UnsupportedModelError
+from metier.memory import frozen_store
+from metier.memory.disk_cache import DiskCache
 from metier.memory.frozen_model import frozen_weights, load_frozen
 from metier.memory.frozen_store import FrozenStore
 from metier.memory.frozen_weight import FrozenWeight
@@ -22,6 +34,7 @@ from metier.methods.esft import EsftConfig
 from metier.methods.expert_lora import ExpertLoraConfig
 from metier.methods.meft import MeftConfig
 from metier.models.unwrap import base_path
+from metier.models.weight_by_weight import from_pretrained_by_weight
 from tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 TIERS = ("device", "host", "disk")
@@ -289,6 +302,127 @@ def test_a_family_that_is_stacked_after_loading_is_refused(tmp_path):
     base = _saved("llama4_text", tmp_path / "base")
     with pytest.raises(UnsupportedModelError, match="cannot be loaded weight by weight"):
         load_frozen(base)
+
+
+def test_a_family_with_another_kind_of_linear_layer_goes_into_a_store(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=VOCAB_SIZE, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    GPT2LMHeadModel(config).eval().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    model = load_frozen(tmp_path / "base", store="disk").model
+    assert len(frozen_weights(model)) == 2 * 4
+    with torch.no_grad():
+        assert torch.equal(model(_tokens()).logits, metier.load(tmp_path / "base").model(_tokens()).logits)
+
+
+def test_a_model_without_such_layers_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("metier.models.weight_by_weight.large_modules", lambda model: {})
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM has no linear layers or experts inside numbered"):
+        load_frozen(_saved("llama", tmp_path / "base"))
+
+
+def test_code_beside_the_weights_is_that_of_the_revision(monkeypatch):
+    asked = {}
+
+    class Network:
+        @staticmethod
+        def from_config(config, **options):
+            asked.update(options)
+            raise UnsupportedModelError("seen")
+
+    def code_revision(auto_map: dict[str, str], **options: object) -> object:
+        asked.clear()
+        config = transformers.LlamaConfig(auto_map=auto_map)
+        with pytest.raises(UnsupportedModelError, match="seen"):
+            from_pretrained_by_weight(Network, "org/model", config, None, **options)
+        return asked.get("code_revision")
+
+    own, others = {"Network": "modeling.Model"}, {"Network": "org/code--modeling.Model"}
+    assert code_revision(own, trust_remote_code=True, revision="abc") == "abc"
+    assert code_revision(own, trust_remote_code=True) is None
+    assert code_revision(own, trust_remote_code=False, revision="abc") is None
+    assert code_revision(others, trust_remote_code=True, revision="abc") is None
+
+
+def test_memory_is_free_again_as_soon_as_nobody_has_the_model(tmp_path):
+    gc.collect()
+    gc.disable()
+    try:
+        model = load_frozen(_saved("deepseek_v2", tmp_path / "base"), store="disk").model
+        model(_tokens())
+        stores = [weakref.ref(weight.store) for weight in frozen_weights(model)]
+        del model
+        assert [store() for store in stores] == [None] * len(stores)
+    finally:
+        gc.enable()
+
+
+def test_several_threads_may_use_one_model_on_disk(tmp_path, monkeypatch):
+    cache = DiskCache(most_bytes=1 << 16)
+    monkeypatch.setattr(frozen_store, "disk_cache", lambda: cache)
+    monkeypatch.setattr("metier.memory.disk_cache.BATCH_BYTES", 0)
+    model = load_frozen(_saved("deepseek_v2", tmp_path / "base", hidden_size=64), store="disk").model
+    weights = frozen_weights(model)
+    want = [weight.detach().numbers().clone() for weight in weights]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            places = [random.Random(thread).randrange(len(weights)) for thread in range(2000)]
+            same = pool.map(lambda place: torch.equal(weights[place].detach().numbers(), want[place]), places)
+            assert all(same)
+    finally:
+        sys.setswitchinterval(interval)
+    assert cache.num_bytes == sum(len(file.last_call) * file.piece_bytes for file in cache._files)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="of Unix alone")
+def test_a_forked_process_reads_from_the_disk_too(tmp_path):
+    # in a process of its own: one whose OpenMP has threads cannot compute after a fork, whatever the model
+    program = f"""
+import os, signal, sys, torch
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+torch.set_num_threads(1)
+from metier.memory.disk_cache import disk_cache
+from metier.memory.frozen_model import frozen_weights, load_frozen
+model = load_frozen({str(_saved("llama", tmp_path / "base", hidden_size=64))!r}, store="disk").model
+tokens = torch.arange(6, 40)[None]
+with torch.no_grad():
+    want = model(tokens).logits
+    for weight in frozen_weights(model):
+        if weight.store._file is not None:
+            disk_cache().forget(weight.store._file, 0)
+            weight.store._file.last_call.clear()
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        os._exit(0 if torch.equal(model(tokens).logits, want) else 1)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_in_memory_is_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setattr("metier.memory.frozen_model.is_in_memory", lambda folder: True)
+    base = _saved("llama", tmp_path / "base")
+    with pytest.warns(UserWarning, match=r"is kept in memory.* Name a folder on a disk: base_folder"):
+        load_frozen(base, store="disk", folder=tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*is kept in memory")
+        load_frozen(base, store="host", folder=tmp_path)
+
+
+def test_a_disk_that_fills_while_weights_are_converted_is_told(tmp_path, monkeypatch):
+    def full(*args: object, **options: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    base = _saved("deepseek_v2", tmp_path / "base")
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.from_pretrained", full)
+    with pytest.raises(RowStoreError, match=r"(?s)cannot hold the weights that are converted .*name a folder on another"):
+        load_frozen(base, folder=tmp_path / "weights")
+    assert list((tmp_path / "weights").iterdir()) == []
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from pathlib import Path
 
@@ -356,6 +357,18 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(RowStoreError, match=r"w\.weights: cannot reserve 16,384 bytes \(No space left on device\)"):
         _frozen(torch.randn(64, 64), tmp_path, tier="disk")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_weights_than_files_may_be_open_at_first(tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 20, hard))
+    try:
+        weights = [_frozen(torch.full((32, 64), float(i)), tmp_path, tier="disk") for i in range(60)]
+        assert [weight.detach().numbers()[0, 0].item() for weight in weights] == list(range(60))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_an_unknown_tier_is_refused(tmp_path):

@@ -65,6 +65,12 @@ def test_nf4_is_what_bitsandbytes_makes_of_it(shape, dtype):
         assert torch.equal(got_OI, expected)
 
 
+def test_nf4_of_float64_is_refused():
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(ConfigError, match=r"nf4 is for float32, bfloat16 and float16, got weights in torch\.float64"):
+        weight_format("nf4", (4, 64), torch.float64)
+
+
 def test_an_unknown_format_is_refused():
     with pytest.raises(ConfigError, match=r"weight_format: got 'int4', expected one of int8, nf4\."):
         weight_format("int4", (2, 2), torch.float32)

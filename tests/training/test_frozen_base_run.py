@@ -78,7 +78,10 @@ def test_a_run_may_go_on_with_its_base_in_another_place(configure: Configure, co
     [
         ({"method": "full", "base_store": "disk"}, r"method full changes them\. Use method esft, expert_lora or meft"),
         ({"method": "lora", "base_format": "int8"}, r"method lora changes them\."),
-        ({"base_folder": "somewhere"}, r"base_folder needs base_store: disk, got device\. Leave one of them out\."),
+        (
+            {"base_folder": "somewhere"},
+            r"base_folder: got 'somewhere', but the base's weights are in no store\. Set base_store or",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(configure: Configure, options: dict[str, str], message: str) -> None:

@@ -9,6 +9,8 @@ never has to choose.
 from __future__ import annotations
 
 import mmap
+import os
+import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -78,6 +80,8 @@ class CachedFile:
 class DiskCache:
     """Keeps account of pieces in memory, and gives up those that are wanted last when they are too many.
 
+    Any thread may ask it, and a process that was forked off has one of its own.
+
     Args:
         most_bytes: of pieces in memory; None leaves them what the process may use and has not taken otherwise.
     """
@@ -88,51 +92,70 @@ class DiskCache:
         self._limit = memory_limit_bytes()
         self._files: WeakSet[CachedFile] = WeakSet()
         self._now = self._call = 0
+        self._start()
+        _caches.add(self)
+
+    def _start(self) -> None:
+        self._lock = threading.RLock()
         self._reader = ThreadPoolExecutor(1, "metier-disk-read")
         self._writer = ThreadPoolExecutor(1, "metier-disk-write")
         self._on_their_way: deque[tuple[Future[None], int]] = deque()
 
+    def start_in_child(self) -> None:
+        """After a fork, which leaves the threads and what they were doing behind."""
+        self._start()
+        for file in self._files:
+            file.reading = None
+
     def come_to(self, phase: Phase, layer: Layer) -> None:
         """The step begins another part of its work."""
-        self._now = place(phase, *layer.layer_place)
-        self._call += 1
+        with self._lock:
+            self._now = place(phase, *layer.layer_place)
+            self._call += 1
 
     def wanted(self, file: CachedFile, pieces: Sequence[int], *, to_write: bool = False) -> None:
         """These will be used soon: have them read if they are not in memory."""
-        missing = [piece for piece in pieces if piece not in file.last_call]
-        self._mark(file, pieces, self._call)
-        # room is made before anything is read into it
-        self._make_room()
-        if missing:
-            file.meter.bytes_from_disk += len(file.stored.intersection(missing)) * file.piece_bytes
-            file.reading = self._reader.submit(_read, file, missing, to_write)
+        with self._lock:
+            missing = [piece for piece in pieces if piece not in file.last_call]
+            self._mark(file, pieces, self._call)
+            # room is made before anything is read into it
+            self._make_room()
+            if missing:
+                file.meter.bytes_from_disk += len(file.stored.intersection(missing)) * file.piece_bytes
+                file.reading = self._reader.submit(_read, file, missing, to_write)
 
     def wait_for(self, file: CachedFile) -> None:
         """All that is wanted of a file is in memory; who touched it before would get it page by page."""
-        if file.reading is not None:
-            file.reading.result()
-            file.reading = None
+        reading = file.reading
+        if reading is not None:
+            reading.result()
+            with self._lock:
+                if file.reading is reading:  # nobody has asked for more meanwhile
+                    file.reading = None
 
     def written(self, file: CachedFile, pieces: Sequence[int]) -> None:
         """These have changed. Those that were not announced, as when rows are made or loaded, nobody is waiting for."""
-        unannounced = [piece for piece in pieces if piece not in file.last_call]
-        self._mark(file, unannounced, self._call - NUM_PROTECTED)
-        file.changed.update(pieces)
-        self._make_room()
+        with self._lock:
+            unannounced = [piece for piece in pieces if piece not in file.last_call]
+            self._mark(file, unannounced, self._call - NUM_PROTECTED)
+            file.changed.update(pieces)
+            self._make_room()
 
     def done_with(self, file: CachedFile) -> None:
         """Nobody is using what is in memory of a file any more: it need not stay until others have been asked for."""
-        for piece in file.last_call:
-            file.last_call[piece] = self._call - NUM_PROTECTED
+        with self._lock:
+            for piece in file.last_call:
+                file.last_call[piece] = self._call - NUM_PROTECTED
 
     def forget(self, file: CachedFile, num_pieces: int) -> None:
         """The numbers of the first pieces are not wanted any more; who writes there next waits for this first."""
-        for piece in range(num_pieces):
-            if file.last_call.pop(piece, None) is not None:
-                self.num_bytes -= file.piece_bytes
-            file.changed.discard(piece)
-            file.stored.discard(piece)
-        file.reading = self._reader.submit(file.file.give_up, file.file.tensor[: num_pieces * file.rows_per_piece])
+        with self._lock:
+            for piece in range(num_pieces):
+                if file.last_call.pop(piece, None) is not None:
+                    self.num_bytes -= file.piece_bytes
+                file.changed.discard(piece)
+                file.stored.discard(piece)
+            file.reading = self._reader.submit(file.file.give_up, file.file.tensor[: num_pieces * file.rows_per_piece])
 
     def room_bytes(self) -> int:
         """What pieces in memory may take."""
@@ -216,6 +239,16 @@ def _own_bytes() -> int:
     except OSError:
         return 0
     return (resident - in_files) * mmap.PAGESIZE
+
+
+def _start_in_child() -> None:
+    for made in _caches:
+        made.start_in_child()
+
+
+_caches: WeakSet[DiskCache] = WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_in_child)
 
 
 @cache

@@ -6,7 +6,7 @@ computes when a product needs them, forward and backward, and go again.
 
 from __future__ import annotations
 
-import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from metier.errors import ConfigError
 from metier.memory.frozen_store import FrozenLayer, FrozenOrder, FrozenStore, where_stored
 from metier.memory.frozen_weight import FrozenWeight, frozen
 from metier.memory.row_store import TIERS
+from metier.memory.scratch_folder import is_in_memory, scratch_folder
 from metier.memory.weight_formats import FORMATS, weight_format
 from metier.models.load import LoadedModel, load
 from metier.models.weight_by_weight import is_large_weight, large_modules
@@ -43,18 +44,27 @@ def load_frozen(
         store: where weights live: "device", "host" or "disk".
         weight_format: "int8" (a scale for every row) or "nf4" (4 bits, a scale for every 64 numbers, by
             bitsandbytes); None keeps the numbers as they are.
-        folder: where a store on disk puts its files, as many bytes as the weights have; the system's temporary folder
-            by default. They go with the process, whatever ends it.
+        folder: where a store on disk puts its files, as many bytes as the weights have, and where weights that have
+            to be converted are put while any store is filled; the system's temporary folder by default. Files go with
+            the process, whatever ends it.
         dtype, device, revision, trust_remote_code: as `metier.load`.
 
     Raises:
-        ConfigError: an unknown store or format, a format whose library is missing, or `metier.load`'s.
+        ConfigError: an unknown store or format, a format whose library is missing, a folder that cannot be written, or
+            `metier.load`'s.
         RowStoreError: the disk has no room.
-        ModelError, UnsupportedModelError: as `metier.load`.
+        UnsupportedModelError: as `metier.load`, or the model has no layers whose weights could go into a store.
+        ModelError: as `metier.load`.
     """
     _check(store, weight_format)
-    with tempfile.TemporaryDirectory(prefix="metier-", dir=_made(folder)) as files:
-        place = _Stores(store, weight_format, Path(files))
+    with scratch_folder(folder, option="base_folder") as files:
+        if store == "disk" and is_in_memory(files):
+            warnings.warn(
+                f"{files.parent} is kept in memory, so weights in it take as much of that as they would without a "
+                "store. Name a folder on a disk: base_folder.",
+                stacklevel=2,
+            )
+        place = _Stores(store, weight_format, files)
         return load(
             model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code, place=place
         )
@@ -128,10 +138,3 @@ def _check(store: str, format_name: str | None) -> None:
     if format_name is not None and format_name not in FORMATS:
         raise ConfigError(f"weight_format: got {format_name!r}, expected one of {', '.join(FORMATS)}, or none.")
     weight_format(format_name, (1, 1), torch.float32)  # whether its library is there
-
-
-def _made(folder: str | Path | None) -> Path | None:
-    if folder is None:
-        return None
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return Path(folder)

@@ -9,7 +9,10 @@ knows what comes next: while one layer is computed, the next one's weights are r
 from __future__ import annotations
 
 import mmap
+import os
+import threading
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,7 +67,7 @@ class FrozenStore:
         self.last_read: Sequence[int] = range(self.num_weights)
         """What a pass read last; the next one will read much the same."""
         self._file: CachedFile | None = None
-        layer.stores.append(self)
+        layer.add(self)
         sizes = (self.num_weights, self.format.num_bytes)
         if tier == "disk":
             mapped = create_mapped(folder / f"{name}.weights", sizes, torch.uint8)
@@ -129,9 +132,10 @@ class FrozenStore:
     def _want(self, indices: Sequence[int]) -> None:
         if self._file is None:
             return
-        self.layer.arrive()
-        disk_cache().wanted(self._file, indices)
-        self.last_read = self.layer.read_in_pass(self, indices)
+        with self.layer.order.lock:
+            self.layer.arrive()
+            disk_cache().wanted(self._file, indices)
+            self.last_read = self.layer.read_in_pass(self, indices)
         started = time.perf_counter()
         disk_cache().wait_for(self._file)
         self.meter.stall_seconds += time.perf_counter() - started
@@ -143,8 +147,18 @@ class FrozenLayer:
     def __init__(self, order: FrozenOrder) -> None:
         self.order, self.number = order, len(order.layers)
         order.layers.append(self)
-        self.stores: list[FrozenStore] = []
-        self._in_pass: dict[FrozenStore, set[int]] = {}
+        # weights keep their stores and those the layers: else a model's memory would stay until cycles are collected
+        self._stores: list[weakref.ref[FrozenStore]] = []
+        self._in_pass: weakref.WeakKeyDictionary[FrozenStore, set[int]] = weakref.WeakKeyDictionary()
+
+    def add(self, store: FrozenStore) -> None:
+        """One more of the layer's weights."""
+        self._stores.append(weakref.ref(store))
+
+    @property
+    def stores(self) -> list[FrozenStore]:
+        """Those that are still in use."""
+        return [store for made in self._stores if (store := made()) is not None]
 
     @property
     def layer_place(self) -> tuple[int, int]:
@@ -160,7 +174,7 @@ class FrozenLayer:
             for store in layers[self.order.now[1]].stores:
                 store.done()
         self.order.now = (phase, self.number)
-        self._in_pass = {}
+        self._in_pass.clear()
         disk_cache().come_to(phase, self)
         following = self.number + (1 if phase == "forward" else -1)
         wanted = [self, *layers[following : following + 1]] if following >= 0 else [self]
@@ -185,6 +199,19 @@ class FrozenOrder:
     def __init__(self) -> None:
         self.layers: list[FrozenLayer] = []
         self.now: tuple[Phase, int] | None = None
+        self.lock = threading.RLock()
+        _orders.add(self)
+
+
+def _renew_locks() -> None:
+    for order in _orders:
+        order.lock = threading.RLock()
+
+
+# another thread may have held a lock when the process was forked
+_orders: weakref.WeakSet[FrozenOrder] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _is_in_backward() -> bool:

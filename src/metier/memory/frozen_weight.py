@@ -57,7 +57,8 @@ class FrozenWeight(Tensor):
         viewed: tuple[Look, ...] = (),
     ) -> FrozenWeight:
         num_outputs, num_inputs = store.shape[-2:]
-        shape, strides = (num_outputs, num_inputs), (num_inputs, 1)
+        shape: tuple[int, ...] = (num_outputs, num_inputs)
+        strides: tuple[int, ...] = (num_inputs, 1)
         if is_transposed:
             shape, strides = shape[::-1], strides[::-1]
         if not is_matrix:
@@ -115,7 +116,7 @@ class FrozenWeight(Tensor):
     @property
     def data(self) -> FrozenWeight:
         """The same weight, as of any tensor."""
-        return self.detach()
+        return _like(self)
 
     @data.setter
     def data(self, value: Tensor) -> None:
@@ -187,22 +188,22 @@ class FrozenWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        options = kwargs or {}
         first = args[0] if args else None
         if isinstance(first, FrozenWeight):
             known = _VIEWS.get(func)
             if known is not None and (known is _same or not first.viewed):
-                viewed = known(*args, **kwargs)
+                viewed = known(*args, **options)
                 if viewed is not None:
                     return viewed
             if _is_view(func):
-                return _looked_at(first, lambda plain: func(plain, *args[1:], **kwargs))
-        for weight in _written(func, args, kwargs):
+                return _looked_at(first, lambda plain: func(plain, *args[1:], **options))
+        for weight in _written(func, args, options):
             weight._refuse_write()
-        args, kwargs = tree_map_only(FrozenWeight, FrozenWeight.numbers, (args, kwargs))
+        args, options = tree_map_only(FrozenWeight, FrozenWeight.numbers, (args, options))
         if func.overloadpacket is aten.set_:  # shares the memory of what it is given, and its schema does not say so
             args = (args[0], args[1].clone(), *args[2:])
-        return func(*args, **kwargs)
+        return func(*args, **options)
 
 
 @cache

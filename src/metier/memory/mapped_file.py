@@ -20,6 +20,11 @@ from torch import Tensor
 
 from metier.errors import RowStoreError
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 _PAGE = mmap.PAGESIZE
 # Linux; elsewhere parts are neither written behind nor given up, and the system does as it likes
 _WRITE, _WAIT = 2, 1 | 2 | 4
@@ -95,7 +100,7 @@ def create_mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Map
         path.unlink(missing_ok=True)
         raise RowStoreError(
             f"{path}: cannot reserve {num_bytes:,} bytes ({error.strerror}); nothing was written.\n"
-            "Make room on the disk, name a folder on another one, or use fewer rows."
+            "Make room on the disk, name a folder on another one, or keep less there."
         ) from error
     return open_mapped(path, shape, dtype)
 
@@ -118,9 +123,20 @@ def open_mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Mappe
     flat = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
     mapped = MappedFile(path, flat.view(shape), os.open(path, os.O_RDWR))
     weakref.finalize(mapped, os.close, mapped.fd)
+    _allow_more_files(mapped.fd)
     # else whoever touches a page gets megabytes around it, which nobody counts
     mapped.expect(in_order=False)
     return mapped
+
+
+def _allow_more_files(newest: int) -> None:
+    """A large model has more weights than a process may have files open, as the limit usually is set."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and newest > soft // 2:
+        more = 2 * soft if hard == resource.RLIM_INFINITY else min(2 * soft, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
 
 
 def _advise(part: Tensor, advice: int) -> None:

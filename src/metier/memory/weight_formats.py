@@ -70,7 +70,10 @@ class AsItIs:
 
 @dataclass(frozen=True)
 class Int8Rows:
-    """Codes of -127 to 127 and a float32 scale for every output: the largest of a row's numbers is met to rounding."""
+    """Codes of -127 to 127 and a float32 scale for every row: the largest of a row's numbers is met to rounding.
+
+    A row is an output, but for experts that a family keeps transposed (GPT-OSS), where it is an input.
+    """
 
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -111,6 +114,11 @@ class Nf4Blocks:
             raise ConfigError(
                 "weight_format: nf4 needs bitsandbytes, which is not installed. pip install 'metier[nf4]', "
                 "or use weight_format: int8."
+            )
+        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ConfigError(
+                f"weight_format: nf4 is for float32, bfloat16 and float16, got weights in {self.dtype}. Load in one of "
+                "them (dtype), or use weight_format: int8."
             )
 
     @cached_property

@@ -6,7 +6,9 @@ them whole before each forward pass. Here the hooks are asked once for each weig
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator
@@ -17,10 +19,12 @@ from typing import Any, Protocol
 
 import torch
 from accelerate.hooks import remove_hook_from_module
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from metier.errors import UnsupportedModelError
+from metier.errors import RowStoreError, UnsupportedModelError
 from metier.models.contract import contract_flags
 from metier.models.foreign import can_follow_contract
 from metier.models.spellings import LAYER_INDEX, OTHER_MODALITY, ROUTER_NAMES
@@ -32,8 +36,8 @@ class WeightPlace(Protocol):
     """Where the large weights of a model go."""
 
     @property
-    def folder(self) -> Path | None:
-        """For files that are in the way from one format to another; None is the system's temporary folder."""
+    def folder(self) -> Path:
+        """For files that are in the way from one format to another."""
         ...
 
     def put(self, name: str, layer: int, weight: Tensor) -> nn.Parameter:
@@ -57,7 +61,7 @@ def large_modules(model: nn.Module) -> dict[str, int]:
         numbers = LAYER_INDEX.findall(path)
         if not numbers or OTHER_MODALITY.search(path) or path.rpartition(".")[2] in ROUTER_NAMES:
             continue
-        if type(module) is nn.Linear or contract_flags(module) is not None:
+        if isinstance(module, nn.Linear | Conv1D) or contract_flags(module) is not None:
             found[path] = int(numbers[-1])
     return found
 
@@ -73,41 +77,76 @@ def from_pretrained_by_weight(
     """As `network_class.from_pretrained` with its loading information, the large weights put in their place.
 
     Raises:
-        UnsupportedModelError: the model's experts are made anew after they are loaded, and so pass through memory.
+        UnsupportedModelError: the model's experts are made anew after they are loaded, and so pass through memory; or
+            it has no large weights.
+        RowStoreError: the disk has no room for weights that have to be converted.
     """
     with torch.device("meta"):
-        skeleton = network_class.from_config(config, trust_remote_code=options.get("trust_remote_code", False))
+        skeleton = network_class.from_config(config, **_code_options(network_class, config, options))
     if can_follow_contract(skeleton):
         raise UnsupportedModelError(
             f"{target}: the experts of {type(skeleton).__name__} are stacked by metier after they are loaded, so they "
             "cannot be loaded weight by weight.\nLoad the model without a store for its weights."
         )
     modules = large_modules(skeleton)
+    if not modules:
+        raise UnsupportedModelError(
+            f"{target}: {type(skeleton).__name__} has no linear layers or experts inside numbered layers, so nothing "
+            "of it could go into a store.\nLoad the model without a store for its weights."
+        )
     device_map = dict(_device_map(skeleton, "", modules))
     del skeleton
     with tempfile.TemporaryDirectory(prefix="metier-", dir=place.folder) as scratch, _quiet("accelerate.big_modeling"):
-        network, info = network_class.from_pretrained(
-            target,
-            device_map=device_map,
-            offload_folder=scratch,
-            output_loading_info=True,
-            **options,
-        )
+        with _told_of_full_disk(scratch):
+            network, info = network_class.from_pretrained(
+                target,
+                device_map=device_map,
+                offload_folder=scratch,
+                output_loading_info=True,
+                **options,
+            )
         if info["missing_keys"]:  # the caller says which
             return network, info
         for path, layer in modules.items():
             _move(network.get_submodule(path), path, layer, place, Path(scratch))
     for module in network.modules():
         remove_hook_from_module(module)
+        # a module that holds its own method would stay in memory until cycles are collected
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
     # what was loaded as it lies in a file holds the whole file
     for tensor in chain(network.parameters(), network.buffers()):
         if type(tensor) in (nn.Parameter, Tensor):
             tensor.data = tensor.data.clone()
     # accelerate's marks of a model that is spread over devices, which trainers would not touch
-    del network.hf_device_map
+    vars(network).pop("hf_device_map", None)
     for name in ("to", "cuda", "npu", "xpu"):
         vars(network).pop(name, None)
     return network, info
+
+
+def _code_options(network_class: Any, config: PreTrainedConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """For a model whose code lies beside its weights: the code of the very revision, as `from_pretrained` takes it."""
+    trusted = options.get("trust_remote_code", False)
+    code = getattr(config, "auto_map", {}).get(network_class.__name__, "--")
+    is_in_same_repository = "--" not in code
+    if trusted and is_in_same_repository and "revision" in options:
+        return {"trust_remote_code": trusted, "code_revision": options["revision"]}
+    return {"trust_remote_code": trusted}
+
+
+@contextmanager
+def _told_of_full_disk(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise RowStoreError(
+            f"{folder}: cannot hold the weights that are converted while the model is loaded "
+            f"({os.strerror(errno.ENOSPC)}); they are removed again.\n"
+            "Make room on the disk, or name a folder on another one: base_folder."
+        ) from error
 
 
 def _device_map(module: nn.Module, path: str, on_disk: Collection[str]) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,92 @@
+"""A folder for files that go with the process, and of which nothing stays even if it was killed.
+
+Who makes one first removes those whose process is gone: it holds a lock on a file in its folder, and the system gives
+locks back however a process ends.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from metier.errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows: folders of killed processes stay
+    fcntl = None  # type: ignore[assignment]
+
+_PREFIX = "metier-weights-"
+_LOCK = ".in-use"
+_MOUNTS = Path("/proc/self/mountinfo")
+
+
+@contextmanager
+def scratch_folder(parent: str | Path | None, *, option: str) -> Iterator[Path]:
+    """A new folder in `parent`, which is made if need be; None is the system's temporary folder.
+
+    Args:
+        option: what `parent` is called where it was given, for messages.
+
+    Raises:
+        ConfigError: `parent` cannot be made or written.
+    """
+    try:
+        inside = Path(tempfile.gettempdir() if parent is None else parent).expanduser()
+        inside.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(inside)
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=inside))
+    except (OSError, RuntimeError) as error:  # RuntimeError: no such user's home
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"{option}: {parent} cannot be written ({reason}), expected a folder for files.\nName another one."
+        ) from error
+    try:
+        with (folder / _LOCK).open("w") as lock:
+            _take(lock)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_in_memory(folder: Path) -> bool:
+    """Whether files in a folder are kept in memory, as many systems do with /tmp; False where nobody can tell."""
+    try:
+        lines = _MOUNTS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    place, kind = Path("/"), ""
+    for line in lines:
+        mount, _, rest = line.partition(" - ")
+        point = Path(mount.split()[4].replace("\\040", " "))
+        # a later line covers an earlier one
+        if folder.resolve().is_relative_to(point) and len(point.parts) >= len(place.parts):
+            place, kind = point, rest.split()[0]
+    return kind in ("tmpfs", "ramfs")
+
+
+def _remove_abandoned(parent: Path) -> None:
+    if fcntl is None:
+        return
+    for folder in parent.glob(f"{_PREFIX}*"):
+        try:
+            with (folder / _LOCK).open("r+") as lock:
+                if _take(lock):
+                    shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # somebody else's, or gone already
+            continue
+
+
+def _take(lock: IO[str]) -> bool:
+    """Whether nobody else has it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
