@@ -420,7 +420,9 @@ def test_a_disk_that_fills_while_weights_are_converted_is_told(tmp_path, monkeyp
 
     base = _saved("deepseek_v2", tmp_path / "base")
     monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.from_pretrained", full)
-    with pytest.raises(RowStoreError, match=r"(?s)cannot hold the weights that are converted .*name a folder on another"):
+    with pytest.raises(
+        RowStoreError, match=r"(?s)cannot hold the weights that are converted .*name a folder on another"
+    ):
         load_frozen(base, folder=tmp_path / "weights")
     assert list((tmp_path / "weights").iterdir()) == []
 

@@ -25,6 +25,8 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    FineGrainedFP8Config,
+    Mxfp4Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -92,7 +94,7 @@ def load(
         common["revision"] = revision
     model_config = read_config(target, common)
     network_class = network_class_for(source, model_config)
-    options = {"dtype": resolved_dtype, **common}
+    options = {"dtype": resolved_dtype, **common, **_dequantised(model_config)}
     try:
         if place is None:
             network, info = network_class.from_pretrained(target, output_loading_info=True, **options)
@@ -109,11 +111,35 @@ def load(
             f"{source}: the checkpoint lacks {len(names)} of the model's tensors, such as {names[0]!r}; "
             f"they would be random.\nDownload the checkpoint again, or load a revision that is whole."
         )
+    if "quantization_config" in options:
+        # transformers would quantise again what is saved, in a folder whose configuration says nothing of that
+        vars(network).pop("_weight_conversions", None)
+        if isinstance(resolved_dtype, torch.dtype):
+            _to_dtype(network, resolved_dtype)
     follow_contract(network)
     tokenizer = _load_tokenizer(source, target, common)
     _ensure_pad_token(source, tokenizer)
     network.config.pad_token_id = tokenizer.pad_token_id
     return LoadedModel(model=network.to(resolved_device).eval(), tokenizer=tokenizer, source=source)
+
+
+def _dequantised(config: PreTrainedConfig) -> dict[str, Any]:
+    """Checkpoints in MXFP4 (GPT-OSS) and FP8 (DeepSeek-V3) are loaded as the floating-point weights they stand for.
+
+    Left alone, transformers would do so or not by the kernels it finds, and kept in few bits experts cannot be trained.
+    """
+    made = getattr(config, "quantization_config", None)
+    method = made.get("quant_method") if isinstance(made, dict) else getattr(made, "quant_method", None)
+    quantised = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}.get(str(getattr(method, "value", method)))
+    return {} if quantised is None else {"quantization_config": quantised(dequantize=True)}
+
+
+def _to_dtype(network: PreTrainedModel, dtype: torch.dtype) -> None:
+    """What a quantised checkpoint holds as plain numbers, too, which transformers leaves in the checkpoint's dtype."""
+    for parameter in network.parameters():
+        # float32 is what a family wants for the few that it keeps so
+        if parameter.is_floating_point() and parameter.dtype not in (dtype, torch.float32):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
