@@ -10,6 +10,9 @@ export MALLOC_MMAP_THRESHOLD_ ?= 8589934592
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 export VENV
 
+# A process a core, each on one thread: small models compute no faster on several.
+IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
+
 .PHONY: help demo install test test-all check format lint types constraints clean
 
 help:  ## List the targets.
@@ -25,7 +28,7 @@ demo: $(STAMP)  ## Run the main job on the embedded model: profile, select, trai
 	$(BIN)/metier demo
 
 test: $(STAMP)  ## Run the default tests: offline, on the CPU, a few minutes.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 test-all: $(STAMP)  ## Run every test, the slow ones too.
 	$(BIN)/python -m pytest -m "not gpu and not network or slow or golden"

@@ -9,6 +9,9 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # one of several processes, which would be in each other's way; before torch is imported
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # a loaded machine is no failing test
 settings.register_profile("metier", deadline=None)
