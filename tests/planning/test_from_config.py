@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import metier
 from metier.config import RunConfig
@@ -17,46 +17,19 @@ from metier.methods.wrap import wrap
 from metier.planning.from_config import Skeleton, run_skeleton
 from metier.planning.state import training_plan
 from metier.routing.selection import ExpertSelection
+from planning.known_configs import KNOWN_CONFIGS
 from tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 METHODS = ("esft", "expert_lora", "meft", "lora", "full")
-V2_LITE = {
-    "vocab_size": 102_400, "hidden_size": 2048, "intermediate_size": 10_944, "moe_intermediate_size": 1408,
-    "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "n_shared_experts": 2,
-    "n_routed_experts": 64, "num_experts_per_tok": 6, "q_lora_rank": None, "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "first_k_dense_replace": 1,
-}  # fmt: skip
 KNOWN = {
-    "DeepSeek-V2-Lite": ("deepseek_v2", V2_LITE, 15_706_484_224),
-    "DeepSeek-V3": ("deepseek_v3", {}, 671_026_404_352),
-    "Mixtral-8x7B": ("mixtral", {}, 46_702_792_704),
-    "OLMoE-1B-7B": (
-        "olmoe",
-        {
-            "vocab_size": 50_304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16,
-            "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
-        },
-        6_919_161_856,
-    ),
-    "Qwen3-30B-A3B": (
-        "qwen3_moe",
-        {
-            "vocab_size": 151_936, "hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48,
-            "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
-            "num_experts_per_tok": 8, "tie_word_embeddings": False,
-        },
-        30_532_122_624,
-    ),
-    "gpt-oss-20b": (
-        "gpt_oss",
-        {
-            "vocab_size": 201_088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24,
-            "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32,
-        },
-        20_914_757_184,
-    ),
-}  # fmt: skip
-"""Model type, public hyperparameters where the class's defaults are others, and parameters of the published model."""
+    "DeepSeek-V2-Lite": 15_706_484_224,
+    "DeepSeek-V3": 671_026_404_352,
+    "Mixtral-8x7B": 46_702_792_704,
+    "OLMoE-1B-7B": 6_919_161_856,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "gpt-oss-20b": 20_914_757_184,
+}
+"""Parameters of the published model."""
 
 
 DENSE = LlamaConfig(
@@ -75,18 +48,9 @@ def run(**options: Any) -> RunConfig:
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_well_known_models_have_the_parameters_that_were_published(name: str) -> None:
-    kind, sizes, num_parameters = KNOWN[name]
-    plan = run_skeleton(run(select_top_k=1), AutoConfig.for_model(kind, **sizes)).state(run())
-    assert plan.num_frozen == num_parameters
-    assert plan.base_bytes == 2 * num_parameters
-
-
-def test_esft_deltas_of_deepseek_v2_lite_have_the_size_of_their_experts() -> None:
-    """Three and seven experts in each of 26 layers, 2 bytes a parameter; the paper's deltas have 2.57 to 3.20 GB on average."""
-    base = AutoConfig.for_model("deepseek_v2", **V2_LITE)
-    few, many = (run_skeleton(run(select_top_k=k), base).state(run()).num_trained * 2 / 1e9 for k in (3, 7))
-    assert few == pytest.approx(3 * 26 * 3 * 2048 * 1408 * 2 / 1e9)
-    assert 1.2 < few < many < 3.2
+    plan = run_skeleton(run(select_top_k=1), KNOWN_CONFIGS[name]()).state(run())
+    assert plan.num_frozen == KNOWN[name]
+    assert plan.base_bytes == 2 * KNOWN[name]
 
 
 def built(folder: Path, config: RunConfig, selection: ExpertSelection | None):
@@ -146,7 +110,7 @@ def counts(skeleton: Skeleton) -> set[int]:
 
 
 def test_what_the_task_decides_is_assumed_and_said() -> None:
-    base = AutoConfig.for_model("deepseek_v2", **V2_LITE)
+    base = KNOWN_CONFIGS["DeepSeek-V2-Lite"]()
     assumed = run_skeleton(run(top_p=0.3), base)
     assert counts(assumed) == {7}
     (said,) = assumed.assumptions
@@ -157,7 +121,7 @@ def test_what_the_task_decides_is_assumed_and_said() -> None:
 
 
 def test_a_selection_of_the_run_is_used_and_checked(tmp_path: Path) -> None:
-    base = AutoConfig.for_model("deepseek_v2", **V2_LITE)
+    base = KNOWN_CONFIGS["DeepSeek-V2-Lite"]()
     ExpertSelection(experts={1: (5,), 9: (1, 2, 3)}).save(tmp_path / "selection.json")
     skeleton = run_skeleton(run(selection=str(tmp_path / "selection.json")), base)
     assert skeleton.state(run()).num_trained == 4 * 3 * 2048 * 1408
@@ -168,7 +132,7 @@ def test_a_selection_of_the_run_is_used_and_checked(tmp_path: Path) -> None:
 
 
 def test_more_experts_than_a_layer_has_are_refused() -> None:
-    base = AutoConfig.for_model("deepseek_v2", **V2_LITE)
+    base = KNOWN_CONFIGS["DeepSeek-V2-Lite"]()
     with pytest.raises(ConfigError, match=r"select_top_k=65 is more than the 64 experts of layers\.1\. Lower it\."):
         run_skeleton(run(select_top_k=65), base)
 

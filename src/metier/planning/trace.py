@@ -91,6 +91,10 @@ class Tracer(TorchDispatchMode):
             args = (args[0], _as_places(args[1]), *args[2:])
         assert self.fake is not None, "asked for only where there is one"
         with self.fake:
+            if func is aten._grouped_mm.default:
+                return _grouped_mm(*args, **kwargs)
+            if func in (aten.mm.out, aten.addmm.out):  # there is one an expert, and each would take a millisecond
+                return kwargs["out"]
             return func(*args, **kwargs)
 
     def _without_fakes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -120,6 +124,8 @@ class Tracer(TorchDispatchMode):
         packet = func._overloadpacket
         if packet in flop_registry:
             self.operations.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+        elif packet is aten._grouped_mm:
+            self.operations.flops += 2 * args[0].numel() * args[1].shape[-1]
         elif packet is aten.addmm_:
             self.operations.flops += 2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
 
@@ -136,6 +142,24 @@ def _as_places(indices: Any) -> list[Tensor | None]:
         else:
             found.append(index)
     return found
+
+
+def _grouped_mm(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """What torch gives, of which its own rule for tensors without numbers knows bfloat16 alone."""
+    num_groups = 1 if offs is None else len(offs)
+    if a.dim() == b.dim() == 2:
+        shape: tuple[int, ...] = (num_groups, a.shape[0], b.shape[1])
+    elif a.dim() == 3:
+        shape = (a.shape[0], a.shape[1], b.shape[-1]) if b.dim() == 3 else (a.shape[1], b.shape[1])
+    else:
+        shape = (a.shape[0], b.shape[2])
+    dtype = out_dtype or a.dtype
+    # rows begin at multiples of 16 bytes
+    width = -(-shape[-1] * dtype.itemsize // 16) * 16 // dtype.itemsize
+    strides = (width, 1) if len(shape) == 2 else (shape[1] * width, width, 1)
+    return a.new_empty_strided(shape, strides, dtype=dtype)
 
 
 def _seen_bytes(tensor: Tensor) -> int:

@@ -1,0 +1,76 @@
+"""A traced step as a row of segments, and what the whole of it takes when layers that were not traced are put in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of a step: one layer forward or backward, or what is between layers."""
+
+    phase: str
+    layer: int | None
+    """None is what comes before the first layer, between two, or after the last one."""
+    kept_bytes: int
+    """How much more is held at its end than at its beginning; less than 0 where it frees what others kept."""
+    peak_bytes: int
+    """The most that was held beyond what was at its beginning."""
+    flops: int
+    bytes_moved: int
+    num_operations: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepTrace:
+    """The segments of a step in which one layer of each kind was traced."""
+
+    segments: tuple[Segment, ...]
+    stands_for: tuple[int, ...]
+    """For each of the model's layers the one that was traced in its place."""
+
+    def repeated(self) -> Iterator[Segment]:
+        """The segments of the whole step, in order."""
+        yield from self._of("forward")
+        yield from self._of("backward")
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is held beside what there was before the step: activations, gradients, temporaries."""
+        live, peak = 0, 0
+        for segment in self.repeated():
+            peak = max(peak, live + segment.peak_bytes)
+            live += segment.kept_bytes
+        return peak
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is left at the end: the gradients."""
+        return sum(segment.kept_bytes for segment in self.repeated())
+
+    def flops(self, phase: Literal["forward", "backward"]) -> int:
+        """Of matrix products and attention, two for each multiplication and addition."""
+        return sum(segment.flops for segment in self.repeated() if segment.phase == phase)
+
+    def bytes_moved(self, phase: Literal["forward", "backward"]) -> int:
+        """Read and written by all operations, each tensor once an operation."""
+        return sum(segment.bytes_moved for segment in self.repeated() if segment.phase == phase)
+
+    def num_operations(self) -> int:
+        return sum(segment.num_operations for segment in self.repeated())
+
+    def _of(self, phase: str) -> Iterator[Segment]:
+        parts: list[list[Segment]] = [[]]
+        for segment in self.segments:
+            if segment.phase == phase:
+                if segment.layer is not None:
+                    parts.append([])
+                parts[-1].append(segment)
+        # what comes after a layer goes with it
+        layers = {part[0].layer: part for part in parts[1:]}
+        yield from parts[0]
+        order = self.stands_for if phase == "forward" else reversed(self.stands_for)
+        for layer in order:
+            yield from layers.get(layer, ())  # none where a layer is not gone through backward

@@ -1,0 +1,307 @@
+"""One training step of a run, traced without a number: what each part of it computes, keeps and holds at most.
+
+The run's own model code runs under fake tensors, with our autograd functions, checkpointing and TRL's loss in it.
+Layers repeat, so of each kind one is traced, and stands for the others (`StepTrace.repeated`).
+"""
+
+# B rows of a batch, T tokens, K top_k
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from trl.trainer.utils import add_fused_lm_head
+
+from metier.config import RunConfig
+from metier.data.encode import IGNORED
+from metier.errors import UnsupportedModelError
+from metier.methods.expert_layer import ExpertTunerLayer
+from metier.models.moe import MoELayer, is_dense, moe_layers
+from metier.planning.from_config import Skeleton
+from metier.planning.segments import Segment, StepTrace
+from metier.planning.trace import Tracer
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one forward and backward pass gets."""
+
+    num_rows: int
+    num_tokens: int
+    """Of a row, padding included."""
+    labelled_share: float = 1.0
+    """Of the tokens, those that have a loss; the output layer computes no others."""
+
+    def labels_BT(self) -> Tensor:
+        labels = torch.full((self.num_rows, self.num_tokens), IGNORED)
+        num_labelled = max(1, round(self.labelled_share * self.num_tokens))
+        labels[:, self.num_tokens - num_labelled :] = 1
+        return labels
+
+
+def trace_step(config: RunConfig, skeleton: Skeleton, batch: Batch, *, seed: int = 0) -> StepTrace:
+    """Forward and backward pass over one batch, with every layer's part; the optimizer's step is not in it.
+
+    Args:
+        config: the run; its `gradient_checkpointing` counts.
+        skeleton: of `run_skeleton`; it is used up.
+        batch: its size. Each token's experts are drawn at random, all of a layer being as likely.
+        seed: of that.
+
+    Raises:
+        UnsupportedModelError: the model's layers are called in a way that is not known here.
+    """
+    model = skeleton.model.train()
+    _check(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if isinstance(model, PeftModel):
+            model.enable_input_require_grads()
+    _fill_ids(model, skeleton)
+    fake = _without_numbers(model)
+    routed = _route(model, batch, seed)
+    tracer = Tracer(fake)
+    bare: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    add_fused_lm_head(bare, outputs=("log_probs", "entropy", "is_top1"))
+    for tensor in (*model.parameters(), *model.buffers()):
+        tracer.memory.known(tensor)
+    marks = _Marks(tracer)
+    order = _cut_to_one_of_a_kind(model, marks)
+    labels_BT = batch.labels_BT()
+    inputs = {"input_ids": torch.ones_like(labels_BT), "attention_mask": torch.ones_like(labels_BT)}
+    hook = bare.base_model.register_forward_hook(_keep(labels_BT[:, 1:] != IGNORED))
+    try:
+        with tracer:
+            outputs = model(
+                **inputs, shift_labels=labels_BT[:, 1:][labels_BT[:, 1:] != IGNORED][None], fused_lm_head=True
+            )
+            loss = -outputs.log_probs.sum()
+            entropy, is_top1 = outputs.entropy.detach().sum(), outputs.is_top1.sum()
+            marks.forward_done()
+            loss.backward()
+            del outputs, loss, entropy, is_top1
+        marks.done()
+    finally:
+        hook.remove()
+        routed()
+    return StepTrace(tuple(marks.segments), tuple(order))
+
+
+def _check(model: nn.Module) -> None:
+    if any(True for module in model.modules() if isinstance(getattr(module, "stores", None), dict)):
+        raise UnsupportedModelError(
+            "meft: which rows a step uses depends on numbers, which a trace has none of; the step of a sparse adapter "
+            "cannot be traced yet."
+        )
+
+
+def _keep(is_labelled_BT: Tensor) -> Callable[..., Any]:
+    def keep_labelled(_module: nn.Module, _args: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state[:, :-1][is_labelled_BT].unsqueeze(0)
+        return output
+
+    return keep_labelled
+
+
+def _fill_ids(model: nn.Module, skeleton: Skeleton) -> None:
+    """Which experts an adapter has is real, as all integers are."""
+    for module in model.modules():
+        if isinstance(module, ExpertTunerLayer) and skeleton.selection is not None:
+            ids = getattr(module, module.ids_name)
+            for name in ids:
+                ids[name] = torch.tensor(skeleton.selection.experts[module.layer_index])
+
+
+def _without_numbers(model: nn.Module) -> FakeTensorMode:
+    """Make every parameter and every floating-point buffer fake, shared ones as shared as they were."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, Any] = {}
+
+    def faked(tensor: Tensor) -> Tensor:
+        converter = fake.fake_tensor_converter
+        return converter.from_meta_and_device(fake, tensor.detach(), torch.device("cpu"))
+
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                # the old one is kept too, so that no other gets its id
+                new = nn.Parameter(faked(parameter), requires_grad=parameter.requires_grad)
+                made[id(parameter)] = (new, parameter)
+            module._parameters[name] = made[id(parameter)][0]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = faked(buffer)
+    return fake
+
+
+def _route(model: nn.Module, batch: Batch, seed: int) -> Callable[[], None]:
+    """Give every layer's experts routes of their own; returns what takes them away again."""
+    if is_dense(model):
+        return lambda: None
+    num_tokens = batch.num_rows * batch.num_tokens
+    hooks = [
+        layer.entry.register_forward_pre_hook(_with_routes(layer, num_tokens, seed + layer.index))
+        for layer in moe_layers(model)
+    ]
+
+    def remove() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return remove
+
+
+def _with_routes(
+    layer: MoELayer, num_tokens: int, seed: int
+) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    @cache  # for the layer's second time, under checkpointing
+    def expert_ids_TK() -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.multinomial(torch.ones(num_tokens, layer.num_experts), layer.top_k, generator=generator)
+
+    def put(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0], expert_ids_TK(), *args[2:])
+
+    return put
+
+
+class _Marks:
+    """Cuts what a tracer sees into segments."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self.tracer, self.segments = tracer, list[Segment]()
+        self._now: tuple[str, int | None] = ("forward", None)
+        self._start()
+
+    def _start(self) -> None:
+        self.tracer.memory.peak = self._live = self.tracer.memory.live
+        operations = self.tracer.operations
+        self._before = (operations.flops, operations.bytes_moved, operations.count)
+
+    def come_to(self, phase: str, layer: int | None) -> None:
+        """What comes now is another part."""
+        operations = self.tracer.operations
+        self.segments.append(
+            Segment(
+                phase=self._now[0],
+                layer=self._now[1],
+                kept_bytes=self.tracer.memory.live - self._live,
+                peak_bytes=self.tracer.memory.peak - self._live,
+                flops=operations.flops - self._before[0],
+                bytes_moved=operations.bytes_moved - self._before[1],
+                num_operations=operations.count - self._before[2],
+            )
+        )
+        self._now = (phase, layer)
+        self._start()
+
+    def forward_done(self) -> None:
+        self.come_to("backward", None)
+
+    def done(self) -> None:
+        self.come_to("end", None)
+
+
+class _Traced(nn.Module):
+    """A layer that says when it begins and ends, on both ways."""
+
+    def __init__(self, layer: nn.Module, number: int, marks: _Marks) -> None:
+        super().__init__()
+        self.layer, self.number, self._marks = layer, number, marks
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        marks, number = self._marks, self.number
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if number == 0 and hidden.requires_grad:
+            hidden.register_hook(lambda _: marks.come_to("backward", None))
+        marks.come_to("forward", number)
+        out = self.layer(*args, **kwargs)
+        hidden = out[0] if isinstance(out, tuple) else out
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: marks.come_to("backward", number))
+        marks.come_to("forward", None)
+        return out
+
+
+class _Skipped(nn.Module):
+    """In the place of a layer that another one stands for."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "_original", layer)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_original"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if args else kwargs["hidden_states"]
+
+
+def _cut_to_one_of_a_kind(model: nn.Module, marks: _Marks) -> list[int]:
+    """Leave two layers of each kind, and the last one; returns which of them stands for each layer.
+
+    The first of a kind frees what it shared with those after it, and what comes after the last one is different, so
+    those stand for themselves alone.
+    """
+    layers = _layers(model)
+    kinds = list(_kinds(model, layers))
+    last = len(kinds) - 1
+    firsts = {kind: number for number, kind in reversed(list(enumerate(kinds)))}
+    alone = {*firsts.values(), last}
+    others = {kind: number for number, kind in enumerate(kinds) if number not in alone}
+    order = [number if number in alone else others[kind] for number, kind in enumerate(kinds)]
+    for number, layer in enumerate(layers):
+        layers[number] = _Traced(layer, number, marks) if number in order else _Skipped(layer)
+    return order
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) and isinstance(module[0], GradientCheckpointingLayer)
+    ]
+    if len(found) != 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: has {len(found)} stacks of layers, expected one; its step cannot be traced."
+        )
+    return found[0]
+
+
+def _kinds(model: nn.Module, layers: nn.ModuleList) -> Iterator[Hashable]:
+    """What a layer's part in a step depends on."""
+    first = id(next(layers.parameters()))
+    is_trained_before = False
+    for parameter in model.parameters():
+        if id(parameter) == first:
+            break
+        is_trained_before |= parameter.requires_grad
+    for layer in layers:
+        named = tuple(
+            (name, tuple(parameter.shape), parameter.dtype, parameter.requires_grad)
+            for name, parameter in layer.named_parameters()
+        )
+        kind = getattr(layer, "attention_type", getattr(layer, "layer_type", None))
+        windows = tuple(getattr(module, "sliding_window", None) for module in layer.modules())
+        yield type(layer), named, kind, windows, is_trained_before
+        is_trained_before |= any(parameter.requires_grad for parameter in layer.parameters())

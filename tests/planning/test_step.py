@@ -1,0 +1,161 @@
+"""A step that was traced without numbers, from one layer of each kind, takes what the trainer's own step takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from metier.config import RunConfig
+from metier.data.encode import Encoded
+from metier.errors import UnsupportedModelError
+from metier.methods.wrap import wrap
+from metier.planning import step as module
+from metier.planning.from_config import run_skeleton
+from metier.planning.segments import Segment, StepTrace
+from metier.planning.step import Batch, trace_step
+from metier.planning.trace import Operations, Tracer
+from metier.training.trainer import make_trainer
+from tiny_models import tiny_model, tiny_tokenizer
+
+BATCH = Batch(3, 128, 0.05)
+NUM_LAYERS = 8
+ROUNDING = 2e-4
+"""Masks of a few hundred bytes that the trainer makes outside of the step, and the metrics' own numbers."""
+
+
+def _config(method: str, folder: Path, *, checkpointing: bool) -> RunConfig:
+    return RunConfig(
+        model="m",
+        dataset="d",
+        output_dir=str(folder),
+        method=method,
+        lora_r=4,
+        dtype="float32",
+        gradient_checkpointing=checkpointing,
+        select_top_k=2 if method in ("esft", "expert_lora") else None,
+        per_device_train_batch_size=BATCH.num_rows,
+    )
+
+
+def _measured(family: str, config: RunConfig, selection) -> tuple[int, Operations]:
+    """Peak and operations of the trainer's step, numbers and all; each layer's routes are those of the trace."""
+    model = wrap(tiny_model(family, num_hidden_layers=NUM_LAYERS), config, selection)
+    labels = BATCH.labels_BT()[0].tolist()
+    item = Encoded(input_ids=list(range(6, 6 + BATCH.num_tokens)), labels=labels, origin="test")
+    trainer = make_trainer(
+        model,
+        tiny_tokenizer(),
+        [item] * BATCH.num_rows,
+        config,
+        Path(config.output_dir),
+        eval_items=None,
+        callbacks=[],
+    )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if hasattr(model, "peft_config"):
+            model.enable_input_require_grads()
+    inputs = next(iter(trainer.get_train_dataloader()))
+    module._route(model, BATCH, 0)
+    trainer.current_gradient_accumulation_steps = 1
+    tracer = Tracer(None)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tracer.memory.known(tensor)
+    with tracer:
+        trainer.training_step(model.train(), inputs, torch.tensor(float((BATCH.labels_BT() >= 0).sum())))
+    return tracer.memory.peak, tracer.operations
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("deepseek_v2", "esft"),
+        ("deepseek_v2", "expert_lora"),
+        ("deepseek_v2", "lora"),
+        ("olmoe", "esft"),
+        ("olmoe", "full"),
+        ("gpt_oss", "expert_lora"),
+        ("gpt_oss", "full"),
+        ("llama", "lora"),
+        ("llama", "full"),
+    ],
+)
+def test_peak_and_operations_are_the_trainers(family, method, checkpointing, tmp_path):
+    config = _config(method, tmp_path, checkpointing=checkpointing)
+    skeleton = run_skeleton(config, tiny_model(family, num_hidden_layers=NUM_LAYERS).config)
+    trace = trace_step(config, skeleton, BATCH)
+    assert len(set(trace.stands_for)) < NUM_LAYERS
+    peak, operations = _measured(family, config, skeleton.selection)
+    assert trace.peak_bytes == pytest.approx(peak, rel=ROUNDING)
+    flops = trace.flops("forward") + trace.flops("backward")
+    # one layer's random routes stand for the others', which have as many pairs but not the same of trained experts
+    assert flops == pytest.approx(operations.flops, rel=0 if method in ("lora", "full") else 0.01)
+    moved = trace.bytes_moved("forward") + trace.bytes_moved("backward")
+    assert moved == pytest.approx(operations.bytes_moved, rel=5e-3)
+
+
+def test_what_is_left_at_the_end_are_the_gradients(tmp_path):
+    config = _config("full", tmp_path, checkpointing=False)
+    skeleton = run_skeleton(config, tiny_model("llama", num_hidden_layers=NUM_LAYERS).config)
+    gradient_bytes = skeleton.state(config).gradient_bytes
+    trace = trace_step(config, skeleton, BATCH)
+    inputs = 3 * BATCH.num_rows * BATCH.num_tokens * 8
+    assert gradient_bytes <= trace.kept_bytes <= gradient_bytes + inputs
+
+
+def test_more_rows_take_more_and_checkpointing_takes_less(tmp_path):
+    base = tiny_model("deepseek_v2", num_hidden_layers=NUM_LAYERS).config
+    peaks = {}
+    for name, rows, checkpointing in (("plain", 3, False), ("more rows", 6, False), ("checkpointing", 3, True)):
+        config = _config("esft", tmp_path, checkpointing=checkpointing)
+        peaks[name] = trace_step(config, run_skeleton(config, base), Batch(rows, 128, 0.05)).peak_bytes
+    assert 1.9 < peaks["more rows"] / peaks["plain"] < 2.1
+    assert peaks["checkpointing"] < 0.6 * peaks["plain"]
+
+
+def test_many_layers_are_traced_as_fast_as_few(tmp_path):
+    """No layer but a few is called: a hundred more cost nothing and are counted all the same."""
+    config = _config("lora", tmp_path, checkpointing=True)
+    few, many = (
+        trace_step(config, run_skeleton(config, tiny_model("llama", num_hidden_layers=n).config), BATCH)
+        for n in (8, 108)
+    )
+    assert len(set(many.stands_for)) == len(set(few.stands_for)) == 4
+    a_layer = few.segments[-3].flops
+    assert many.flops("backward") - few.flops("backward") == 100 * a_layer
+
+
+def test_a_sparse_adapter_cannot_be_traced_yet(tmp_path):
+    config = _config("meft", tmp_path, checkpointing=False)
+    skeleton = run_skeleton(config, tiny_model("llama").config)
+    with pytest.raises(UnsupportedModelError, match="the step of a sparse adapter cannot be traced yet"):
+        trace_step(config, skeleton, BATCH)
+
+
+def test_segments_are_put_together_in_the_order_of_a_step():
+    def segment(phase: str, layer: int | None, kept: int, peak: int) -> Segment:
+        return Segment(phase, layer, kept, peak, flops=kept, bytes_moved=0, num_operations=1)
+
+    trace = StepTrace(
+        (
+            segment("forward", None, 1, 1),
+            segment("forward", 0, 10, 30),
+            segment("forward", 1, 20, 25),
+            segment("forward", None, 3, 50),
+            segment("backward", 1, -18, 10),
+            segment("backward", 0, -5, 2),
+            segment("backward", None, -1, 0),
+        ),
+        stands_for=(0, 1, 1),
+    )
+    assert [(s.phase, s.layer) for s in trace.repeated()] == [
+        ("forward", None), ("forward", 0), ("forward", 1), ("forward", None), ("forward", 1), ("forward", None),
+        ("backward", 1), ("backward", 1), ("backward", 0), ("backward", None),
+    ]  # fmt: skip
+    # 1 + 10 + 20 + 3 + 20, then the head's 50 beside them
+    assert trace.peak_bytes == 54 + 50
+    assert trace.kept_bytes == 57 - 18 - 18 - 6
