@@ -11,6 +11,7 @@ from metier.config import RunConfig
 from metier.data.encode import Encoded
 from metier.errors import UnsupportedModelError
 from metier.methods.wrap import wrap
+from metier.models.moe import is_dense, moe_layers
 from metier.planning import step as module
 from metier.planning.from_config import run_skeleton
 from metier.planning.segments import Segment, StepTrace
@@ -58,7 +59,7 @@ def _measured(family: str, config: RunConfig, selection) -> tuple[int, Operation
         if hasattr(model, "peft_config"):
             model.enable_input_require_grads()
     inputs = next(iter(trainer.get_train_dataloader()))
-    module._route(model, BATCH, 0)
+    module._route([] if is_dense(model) else moe_layers(model), BATCH, 0)
     trainer.current_gradient_accumulation_steps = 1
     tracer = Tracer(None)
     for tensor in (*model.parameters(), *model.buffers()):

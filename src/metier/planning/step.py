@@ -8,9 +8,8 @@ Layers repeat, so of each kind one is traced, and stands for the others (`StepTr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -68,14 +67,15 @@ def trace_step(config: RunConfig, skeleton: Skeleton, batch: Batch, *, seed: int
             model.enable_input_require_grads()
     _fill_ids(model, skeleton)
     fake = _without_numbers(model)
-    routed = _route(model, batch, seed)
+    experts = [] if is_dense(model) else moe_layers(model)
     tracer = Tracer(fake)
     bare: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     add_fused_lm_head(bare, outputs=("log_probs", "entropy", "is_top1"))
     for tensor in (*model.parameters(), *model.buffers()):
         tracer.memory.known(tensor)
     marks = _Marks(tracer)
-    order = _cut_to_one_of_a_kind(model, marks)
+    order = _cut_to_some_of_a_kind(model, marks)
+    routed = _route([layer for layer in experts if layer.index in order], batch, seed)
     labels_BT = batch.labels_BT()
     inputs = {"input_ids": torch.ones_like(labels_BT), "attention_mask": torch.ones_like(labels_BT)}
     hook = bare.base_model.register_forward_hook(_keep(labels_BT[:, 1:] != IGNORED))
@@ -145,15 +145,15 @@ def _without_numbers(model: nn.Module) -> FakeTensorMode:
     return fake
 
 
-def _route(model: nn.Module, batch: Batch, seed: int) -> Callable[[], None]:
-    """Give every layer's experts routes of their own; returns what takes them away again."""
-    if is_dense(model):
-        return lambda: None
+def _route(layers: Sequence[MoELayer], batch: Batch, seed: int) -> Callable[[], None]:
+    """Give layers' experts routes of their own; returns what takes them away again."""
     num_tokens = batch.num_rows * batch.num_tokens
-    hooks = [
-        layer.entry.register_forward_pre_hook(_with_routes(layer, num_tokens, seed + layer.index))
-        for layer in moe_layers(model)
-    ]
+    hooks = []
+    for layer in layers:
+        generator = torch.Generator().manual_seed(seed + layer.index)
+        chances_TE = torch.ones(num_tokens, layer.num_experts)
+        expert_ids_TK = torch.multinomial(chances_TE, layer.top_k, generator=generator)
+        hooks.append(layer.entry.register_forward_pre_hook(_with_routes(expert_ids_TK)))
 
     def remove() -> None:
         for hook in hooks:
@@ -162,16 +162,9 @@ def _route(model: nn.Module, batch: Batch, seed: int) -> Callable[[], None]:
     return remove
 
 
-def _with_routes(
-    layer: MoELayer, num_tokens: int, seed: int
-) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    @cache  # for the layer's second time, under checkpointing
-    def expert_ids_TK() -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.multinomial(torch.ones(num_tokens, layer.num_experts), layer.top_k, generator=generator)
-
+def _with_routes(expert_ids_TK: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def put(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0], expert_ids_TK(), *args[2:])
+        return (args[0], expert_ids_TK, *args[2:])
 
     return put
 
@@ -257,7 +250,7 @@ class _Skipped(nn.Module):
         return args[0] if args else kwargs["hidden_states"]
 
 
-def _cut_to_one_of_a_kind(model: nn.Module, marks: _Marks) -> list[int]:
+def _cut_to_some_of_a_kind(model: nn.Module, marks: _Marks) -> list[int]:
     """Leave two layers of each kind, and the last one; returns which of them stands for each layer.
 
     The first of a kind frees what it shared with those after it, and what comes after the last one is different, so
