@@ -229,6 +229,43 @@ def train(
     train_run(config)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, epilog=RUN_KEYS)
+def plan(
+    context: typer.Context,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN.YAML]", help="YAML file of a run's keys.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Instead of the run's own: one, several (esft,lora,full) or all.")
+    ] = None,
+    device_memory: Annotated[str | None, typer.Option(help="Such as 24GiB; this machine's if not given.")] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="Beside the device's; without either, device and host are one memory.")
+    ] = None,
+    labelled_share: Annotated[float, typer.Option(help="Of a batch's tokens, those that have a loss.")] = 0.5,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as JSON, too.")] = None,
+) -> None:
+    """Say what a run will take before it starts, from the model's configuration alone.
+
+    A config.json, or a folder with one, is enough for --model; no data are read.
+    """
+    tokens = [*([run] if run else []), *context.args]
+    path = tokens.pop(0) if tokens and not tokens[0].startswith("--") else None
+    config = load_run_config(path, tokens, not_needed={"dataset": "-", "output_dir": "-"})
+    from metier.planning.plan import METHODS
+    from metier.planning.plan import plan as plan_runs
+
+    chosen = None if method is None else list(METHODS) if method == "all" else method.split(",")
+    made = plan_runs(
+        config,
+        methods=chosen,
+        device_memory=device_memory,
+        host_memory=host_memory,
+        labelled_share=labelled_share,
+    )
+    _print(made)
+    if output is not None:
+        made.save(output)
+
+
 @app.command()
 def evaluate(
     model: Model,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -24,19 +24,22 @@ _NONE = ("none", "null", "~")
 _COMMAND_LINE = "command line"
 
 
-def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run_config(
+    path: str | Path | None, overrides: Sequence[str] = (), *, not_needed: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Read a run's configuration.
 
     Args:
         path: a YAML file of RunConfig's keys, or None.
         overrides: command-line tokens, which go before the file: `--key value`, `--key=value`, and for
             booleans `--key` and `--no-key`. Dashes within a key count as underscores.
+        not_needed: keys that may be missing although a run needs them, and what stands for them then.
 
     Raises:
         ConfigError: an unknown key (naming the nearest one), a wrong type, a missing key, a value out of
             range.
     """
-    values = {} if path is None else _read_file(Path(path))
+    values = dict(not_needed or {}) | ({} if path is None else _read_file(Path(path)))
     values |= _read_overrides(overrides)
     missing = [field.name for field in dataclasses.fields(RunConfig) if _is_required(field, values)]
     if missing:

@@ -187,7 +187,7 @@ def test_files_that_are_gone_take_no_room(cache, file):
 
 def test_room_is_what_the_process_has_not_taken_otherwise(monkeypatch):
     monkeypatch.setattr("metier.memory.disk_cache.memory_limit_bytes", lambda: 10 << 30)
-    monkeypatch.setattr("metier.memory.disk_cache._own_bytes", lambda: 2 << 30)
+    monkeypatch.setattr("metier.memory.disk_cache.held_bytes", lambda: 2 << 30)
     assert DiskCache().room_bytes() == int(0.85 * (10 << 30)) - (2 << 30)
-    monkeypatch.setattr("metier.memory.disk_cache._own_bytes", lambda: 20 << 30)
+    monkeypatch.setattr("metier.memory.disk_cache.held_bytes", lambda: 20 << 30)
     assert DiskCache().room_bytes() == BATCH_BYTES

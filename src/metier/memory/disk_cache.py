@@ -8,7 +8,6 @@ never has to choose.
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from collections import deque
@@ -16,7 +15,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from metier.memory.disk_policy import Kind, Phase, next_use, place
 from metier.memory.mapped_file import MappedFile
-from metier.memory.memory_limit import memory_limit_bytes
+from metier.memory.memory_limit import held_bytes, memory_limit_bytes
 from metier.memory.meter import Meter
 
 SHARE = 0.85
@@ -38,8 +36,6 @@ MOST_ON_ITS_WAY_BYTES = 128 << 20
 
 NUM_PROTECTED = 2
 """What was asked for in so many calls is being used, or will be at once."""
-
-_MEMORY = Path("/proc/self/statm")
 
 
 class Layer(Protocol):
@@ -161,7 +157,7 @@ class DiskCache:
         """What pieces in memory may take."""
         if self.most_bytes is not None:
             return self.most_bytes
-        return max(BATCH_BYTES, int(SHARE * self._limit) - _own_bytes())
+        return max(BATCH_BYTES, int(SHARE * self._limit) - held_bytes())
 
     def _mark(self, file: CachedFile, pieces: Sequence[int], call: int) -> None:
         self._files.add(file)
@@ -230,15 +226,6 @@ def _write_and_drop(pieces: Sequence[tuple[CachedFile, int]]) -> None:
             file.file.write_behind(file.part(piece), wait=wait)
     # whoever touched a neighbour meanwhile may have mapped some of their pages again
     _drop(pieces)
-
-
-def _own_bytes() -> int:
-    """What the process holds that is in no file."""
-    try:
-        _, resident, in_files, *_ = map(int, _MEMORY.read_text(encoding="ascii").split())
-    except OSError:
-        return 0
-    return (resident - in_files) * mmap.PAGESIZE
 
 
 def _start_in_child() -> None:

@@ -1,10 +1,12 @@
-"""How much memory this process may use: the machine's, or what a control group leaves it."""
+"""How much memory this process may use (the machine's, or what a control group leaves it), and how much it holds."""
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 
+_MEMORY = Path("/proc/self/statm")
 _GROUPS = Path("/proc/self/cgroup")
 _ROOT = Path("/sys/fs/cgroup")
 
@@ -13,6 +15,15 @@ def memory_limit_bytes() -> int:
     """The least of the machine's memory and the limits of the control groups that the process is in."""
     limits = [_physical_bytes(), *_group_limits()]
     return min(limit for limit in limits if limit > 0)
+
+
+def held_bytes() -> int:
+    """What the process holds that is in no file; 0 where nobody can tell."""
+    try:
+        _, resident, in_files, *_ = map(int, _MEMORY.read_text(encoding="ascii").split())
+    except OSError:
+        return 0
+    return (resident - in_files) * mmap.PAGESIZE
 
 
 def _physical_bytes() -> int:

@@ -24,6 +24,17 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Peak:
+    """The moment of a step at which the most is held."""
+
+    num_bytes: int
+    phase: str
+    layer: int | None
+    """The layer that the backward pass has come to, or the number of layers where it has come to none; those from the
+    next one on have their gradients. None in the forward pass."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepTrace:
     """The segments of a step in which one layer of each kind was traced."""
 
@@ -39,11 +50,19 @@ class StepTrace:
     @property
     def peak_bytes(self) -> int:
         """The most that is held beside what there was before the step: activations, gradients, temporaries."""
-        live, peak = 0, 0
+        return self.peak().num_bytes
+
+    def peak(self) -> Peak:
+        """When the most is held, and how much."""
+        live, most, left = 0, Peak(0, "forward", None), len(self.stands_for)
         for segment in self.repeated():
-            peak = max(peak, live + segment.peak_bytes)
+            if segment.phase == "backward" and segment.layer is not None:
+                left -= 1
+            if live + segment.peak_bytes > most.num_bytes:
+                is_backward = segment.phase == "backward"
+                most = Peak(live + segment.peak_bytes, segment.phase, left if is_backward else None)
             live += segment.kept_bytes
-        return peak
+        return most
 
     @property
     def kept_bytes(self) -> int:

@@ -53,6 +53,10 @@ class TrainingPlan:
     """Of those weights that are in a store of their own."""
     stored_how: str = ""
     """Where and how, in words."""
+    row_bytes: int = 0
+    """Of the trained bytes, a sparse adapter's rows."""
+    row_state_bytes: int = 0
+    """Of AdamW's moments, those rows'."""
 
     @property
     def num_trained(self) -> int:
@@ -129,7 +133,7 @@ def training_plan(
         stored: of base weights that will be in a store, where the model is without weights and has none of them yet.
     """
     counts: dict[str, _Counts] = {}
-    base_bytes = 0
+    base_bytes = row_bytes = row_state_bytes = 0
     for name, parameter, is_adapter in _parameters(model):
         row = counts.setdefault(_layer_of(name), _Counts())
         if parameter.requires_grad:
@@ -147,12 +151,14 @@ def training_plan(
         for store in layer.stores.values() if isinstance(layer, MeftLayer) else ():
             row = counts[_layer_of(f".{layer.path}.")]
             row.what = f"{store.num_rows:,} rows in {store.num_blocks} Key-Experts ({store.tier}), and their router"
-            num_numbers = store.rows_NMWD.numel()
+            num_numbers, moments = store.rows_NMWD.numel(), state_bytes(store, row_state_dtype)
+            row_bytes += store.rows_NMWD.nbytes
+            row_state_bytes += moments
             row.add(
                 num_numbers,
                 store.rows_NMWD.nbytes,
                 gradient_bytes=4 * num_numbers,
-                optimizer_bytes=state_bytes(store, row_state_dtype),
+                optimizer_bytes=moments,
             )
     if method == "lora":
         where = "all linear layers" if is_dense(model) else "all experts"
@@ -170,6 +176,8 @@ def training_plan(
         base_bytes,
         stored_bytes=stored_bytes,
         stored_how=where,
+        row_bytes=row_bytes,
+        row_state_bytes=row_state_bytes,
     )
 
 

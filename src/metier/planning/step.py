@@ -99,7 +99,7 @@ def trace_step(config: RunConfig, skeleton: Skeleton, batch: Batch, *, seed: int
 def _check(model: nn.Module) -> None:
     if any(True for module in model.modules() if isinstance(getattr(module, "stores", None), dict)):
         raise UnsupportedModelError(
-            "meft: which rows a step uses depends on numbers, which a trace has none of; the step of a sparse adapter "
+            "which rows a step uses depends on numbers, which a trace has none of: the step of a sparse adapter "
             "cannot be traced yet."
         )
 

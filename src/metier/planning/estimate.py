@@ -1,0 +1,169 @@
+"""What a run will take, from its configuration alone: bytes by kind and place, floating-point operations, its delta.
+
+State is exact, activations are traced. What is not known before a step (which experts its tokens choose) is drawn at
+random, and said so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from metier.config import RunConfig
+from metier.errors import UnsupportedModelError
+from metier.planning.from_config import run_skeleton
+from metier.planning.segments import Peak, StepTrace
+from metier.planning.state import TrainingPlan
+from metier.planning.step import Batch, trace_step
+
+KINDS = ("frozen weights", "fetched weights", "trained weights", "gradients", "optimizer state", "activations")
+"""Of device memory, in the order in which they are shown."""
+DEFAULT_LABELLED_SHARE = 0.5
+"""Of a record's tokens, those with a loss, where nobody says it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """One run, before it starts."""
+
+    config: RunConfig
+    state: TrainingPlan
+    trace: StepTrace | None
+    """None where the step could not be traced; bytes lack the activations then."""
+    why_not_traced: str
+    device_bytes: dict[str, int]
+    """At the step's peak, by kind (`KINDS`)."""
+    host_bytes: int
+    """Beside the device's, where that has memory of its own."""
+    disk_bytes: int
+    base_itemsize: int
+    """Bytes of one of the base's numbers as it is loaded."""
+    assumptions: tuple[str, ...]
+
+    @property
+    def total_device_bytes(self) -> int:
+        return sum(self.device_bytes.values())
+
+    @property
+    def delta_bytes(self) -> int:
+        """Of what is saved: selected experts' rows in the base's dtype, what is trained otherwise as it is trained."""
+        if self.config.method in ("esft", "expert_lora"):
+            return self.state.num_trained * self.base_itemsize
+        return self.state.trained_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        traced: dict[str, Any] = {"forward_flops": None, "backward_flops": None, "bytes_moved": None}
+        if self.trace is not None:
+            traced = {
+                "forward_flops": self.trace.flops("forward"),
+                "backward_flops": self.trace.flops("backward"),
+                "bytes_moved": self.trace.bytes_moved("forward") + self.trace.bytes_moved("backward"),
+            }
+        return {
+            "method": self.config.method,
+            "batch_size": self.config.per_device_train_batch_size,
+            "num_tokens": self.config.max_length,
+            "gradient_checkpointing": self.config.gradient_checkpointing,
+            "base_store": self.config.base_store,
+            "base_format": self.config.base_format,
+            "num_trained_parameters": self.state.num_trained,
+            "num_frozen_parameters": self.state.num_frozen,
+            "device_bytes": {kind.replace(" ", "_"): num_bytes for kind, num_bytes in self.device_bytes.items()},
+            "total_device_bytes": self.total_device_bytes,
+            "host_bytes": self.host_bytes,
+            "disk_bytes": self.disk_bytes,
+            "delta_bytes": self.delta_bytes,
+            **traced,
+            "not_traced": self.why_not_traced or None,
+            "assumptions": list(self.assumptions),
+        }
+
+
+class Estimator:
+    """Says what runs of one model will take; what it has traced it keeps.
+
+    Args:
+        base: the model's configuration.
+        labelled_share: of the tokens that have a loss. Batches are full: `per_device_train_batch_size` rows of
+            `max_length` tokens.
+    """
+
+    def __init__(self, base: PreTrainedConfig, *, labelled_share: float = DEFAULT_LABELLED_SHARE) -> None:
+        self.base, self.labelled_share = base, labelled_share
+        self._traces: dict[RunConfig, StepTrace | str] = {}
+        self._states: dict[RunConfig, Estimate] = {}
+
+    def __call__(self, config: RunConfig) -> Estimate:
+        """What `metier train` with this configuration will take.
+
+        Raises:
+            MetierError: as `run_skeleton`.
+        """
+        # where frozen weights are makes no difference to what is computed
+        alike = dataclasses.replace(config, base_store="device", base_format=None, base_folder=None)
+        if alike not in self._traces:
+            batch = Batch(config.per_device_train_batch_size, config.max_length, self.labelled_share)
+            try:
+                self._traces[alike] = trace_step(alike, run_skeleton(alike, self.base), batch)
+            except UnsupportedModelError as error:
+                self._traces[alike] = str(error)
+        traced = self._traces[alike]
+        known = self.without_activations(config)
+        if isinstance(traced, str):
+            return dataclasses.replace(known, why_not_traced=traced)
+        so_far = _gradients_at(traced.peak(), known.state)
+        device = {**known.device_bytes, "activations": max(0, traced.peak_bytes - so_far)}
+        if config.gradient_accumulation_steps == 1:
+            device["gradients"] = so_far
+        said = (f"{self.labelled_share:.0%} of a batch's tokens have a loss, and it is full.", *_assumed(known.state))
+        return dataclasses.replace(known, trace=traced, device_bytes=device, assumptions=(*known.assumptions, *said))
+
+    def without_activations(self, config: RunConfig) -> Estimate:
+        """The state alone, which is quick: less than the run will take."""
+        if config not in self._states:
+            self._states[config] = self._state(config)
+        return self._states[config]
+
+    def _state(self, config: RunConfig) -> Estimate:
+        skeleton = run_skeleton(config, self.base)
+        state = skeleton.state(config)
+        is_apart = config.method == "meft" and config.meft_store != "device"
+        rows = state.row_bytes + state.row_state_bytes if is_apart else 0
+        stored = state.stored_bytes if config.base_store != "device" else 0
+        device = {
+            "frozen weights": state.base_bytes - stored - (state.trained_bytes if config.method == "full" else 0),
+            # two layers' at a time; a store in fewer bits on the device itself is not fetched
+            "fetched weights": 2 * stored // max(1, len(state.rows) - 1),
+            "trained weights": state.trained_bytes - (state.row_bytes if is_apart else 0),
+            "gradients": 0 if config.gradient_accumulation_steps == 1 else state.gradient_bytes,
+            "optimizer state": state.optimizer_bytes - (state.row_state_bytes if is_apart else 0),
+            "activations": 0,
+        }
+        return Estimate(
+            config=config,
+            state=state,
+            trace=None,
+            why_not_traced="",
+            device_bytes=device,
+            host_bytes=stored * (config.base_store == "host") + rows * (config.meft_store == "host"),
+            disk_bytes=stored * (config.base_store == "disk") + rows * (config.meft_store == "disk"),
+            base_itemsize=skeleton.model.dtype.itemsize,
+            assumptions=skeleton.assumptions,
+        )
+
+
+def _gradients_at(peak: Peak, state: TrainingPlan) -> int:
+    """Gradients that there are at a step's peak: of the layers that the backward pass has behind it."""
+    if peak.layer is None:
+        return 0
+    return sum(row.gradient_bytes for row in state.rows if row.name != "other" and int(row.name) > peak.layer)
+
+
+def _assumed(state: TrainingPlan) -> Iterator[str]:
+    if state.method != "meft":
+        yield "Every expert of a layer is as likely as any other to be chosen."

@@ -1,0 +1,134 @@
+"""Which runs fit into the memory that there is, and the smallest change that makes another one fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from metier.config import RunConfig
+from metier.errors import ConfigError
+from metier.planning.estimate import Estimate, Estimator
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
+    unit: 1 << shift for unit, shift in (("kib", 10), ("mib", 20), ("gib", 30), ("tib", 40))
+}
+
+BY_SCORE = ("full", "esft", "lora", "expert_lora", "meft")
+"""Methods, the one with the highest task score first: benchmarks/results/quality.md, task records alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Memory that a run may take, in bytes."""
+
+    device_bytes: int
+    host_bytes: int | None
+    """None where device and host are one memory."""
+    runtime_bytes: int = 0
+    """What the process takes on the device, or on a CPU in all, before there is a model."""
+
+    def lacking_bytes(self, estimate: Estimate) -> int:
+        """By how much a run is too large; 0 where it fits."""
+        device = estimate.total_device_bytes + self.runtime_bytes
+        if self.host_bytes is None:
+            return max(0, device + estimate.host_bytes - self.device_bytes)
+        return max(0, device - self.device_bytes) + max(0, estimate.host_bytes - self.host_bytes)
+
+    def fits(self, estimate: Estimate) -> bool:
+        return self.lacking_bytes(estimate) == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A run that fits, and what of another one was changed for it."""
+
+    keys: dict[str, Any]
+    estimate: Estimate
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key}: {_shown(value)}" for key, value in self.keys.items())
+
+
+def smallest_change(config: RunConfig, budget: Budget, estimator: Estimator) -> Change | None:
+    """The first of single changes, then as few of them together as it takes, with which a run fits; None if none does.
+
+    Args:
+        config: a run that does not fit.
+        budget: what it may take.
+        estimator: says what a run takes.
+    """
+
+    def fitting(changes: Sequence[dict[str, Any]]) -> Change | None:
+        keys = {key: value for change in changes for key, value in change.items()}
+        wanted = changed(config, keys)
+        # its state alone is known at once
+        if not budget.fits(estimator.without_activations(wanted)):
+            return None
+        estimate = estimator(wanted)
+        return Change(keys, estimate) if estimate.trace is not None and budget.fits(estimate) else None
+
+    singles = list(_changes(config, has_host=budget.host_bytes is not None))
+    for change in singles:
+        if found := fitting([change]):
+            return found
+    for number in range(2, len(singles) + 1):
+        taken = singles[:number]
+        if found := fitting(taken):
+            for change in taken[-2::-1]:  # the last one is needed: without it they did not fit
+                fewer = [other for other in taken if other is not change]
+                if without := fitting(fewer):
+                    taken, found = fewer, without
+            return found
+    return None
+
+
+def _changes(config: RunConfig, *, has_host: bool) -> Iterator[dict[str, Any]]:
+    """What may be changed, the change that costs least first; a later one goes before an earlier one of its key."""
+    if not config.gradient_checkpointing:
+        yield {"gradient_checkpointing": True}
+    rows = config.per_device_train_batch_size
+    if rows > 1:
+        batches = rows * config.gradient_accumulation_steps
+        yield {"per_device_train_batch_size": 1, "gradient_accumulation_steps": batches}
+    if config.method in ("esft", "expert_lora", "meft"):
+        if config.base_store == "device" and has_host:
+            yield {"base_store": "host"}
+        if config.base_format is None:
+            yield {"base_format": "int8"}
+        if config.base_store != "disk":
+            yield {"base_store": "disk"}
+        if config.base_format != "nf4":
+            yield {"base_format": "nf4"}
+    if config.select_top_k is not None and config.select_top_k > 1:
+        yield {"select_top_k": config.select_top_k // 2}
+    if config.dtype == "float32":
+        yield {"dtype": "bfloat16"}
+    if config.max_length > 256:
+        yield {"max_length": config.max_length // 2}
+
+
+def changed(config: RunConfig, keys: dict[str, Any]) -> RunConfig:
+    """The run with some keys set to other values."""
+    return dataclasses.replace(config, **keys)
+
+
+def read_bytes(text: str, option: str) -> int:
+    """A size such as `24GiB`, `8 GB` or `1000000`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if found is None or found.group(2).lower() not in _UNITS:
+        raise ConfigError(f"{option}: got {text!r}, expected a size such as 24GiB, 8GB or 500MiB.")
+    num_bytes = int(float(found.group(1)) * _UNITS[found.group(2).lower()])
+    if num_bytes <= 0:
+        raise ConfigError(f"{option}: got {text!r}, expected more than nothing.")
+    return num_bytes
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,245 @@
+"""What runs of a model take, which of them fit, and what makes one fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from metier.cli import app
+from metier.config import RunConfig
+from metier.errors import ConfigError, ModelError
+from metier.planning import plan as module
+from metier.planning.estimate import KINDS, Estimator
+from metier.planning.fit import Budget, changed, read_bytes, smallest_change
+from metier.planning.plan import METHODS, count, plan, size
+from tiny_models import tiny_model
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A folder with a configuration and nothing else."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model("deepseek_v2").config.save_pretrained(folder)
+    return folder
+
+
+def _run(base: Path, **options: object) -> RunConfig:
+    values = {"model": str(base), "dataset": "-", "output_dir": "-", "select_top_k": 2, "max_length": 64}
+    return RunConfig(**{**values, "per_device_train_batch_size": 4, "dtype": "float32", **options})
+
+
+def _estimator(base: Path) -> Estimator:
+    return Estimator(tiny_model("deepseek_v2").config)
+
+
+def test_every_method_has_a_row_and_what_fits_is_marked(base):
+    made = plan(_run(base), methods=METHODS, device_memory="8GiB")
+    assert [row.config.method for row in made.rows] == list(METHODS)
+    fits = {row.config.method: row.fits for row in made.rows}
+    assert fits == {"esft": True, "expert_lora": True, "lora": True, "full": True, "meft": False}
+    assert made.recommended is not None
+    assert made.recommended.config.method == "full"
+
+
+def test_bytes_are_those_of_the_state_and_the_trace(base):
+    config = _run(base)
+    found = _estimator(base)(config)
+    assert tuple(found.device_bytes) == KINDS
+    state = found.state
+    assert found.device_bytes["trained weights"] == state.trained_bytes == 4 * state.num_trained
+    assert found.device_bytes["optimizer state"] == 2 * state.trained_bytes
+    assert found.device_bytes["frozen weights"] == state.base_bytes
+    assert found.trace is not None
+    both = found.device_bytes["activations"] + found.device_bytes["gradients"]
+    assert both == found.trace.peak_bytes
+    assert found.delta_bytes == 4 * state.num_trained
+    assert dataclasses.replace(found, base_itemsize=2).delta_bytes == 2 * state.num_trained
+
+
+def test_full_fine_tuning_has_no_frozen_weights(base):
+    found = _estimator(base)(_run(base, method="full", select_top_k=None))
+    assert found.device_bytes["frozen weights"] == 0
+    assert found.device_bytes["trained weights"] == found.state.base_bytes == found.delta_bytes
+
+
+def test_gradients_are_there_from_the_start_where_batches_are_summed(base):
+    once, summed = (
+        _estimator(base)(_run(base, method="full", select_top_k=None, gradient_accumulation_steps=n)) for n in (1, 2)
+    )
+    assert summed.device_bytes["gradients"] == summed.state.gradient_bytes
+    assert summed.total_device_bytes > once.total_device_bytes
+
+
+@pytest.mark.parametrize("store", ["host", "disk"])
+def test_weights_in_a_store_are_counted_where_they_are(base, store):
+    plain, stored = (_estimator(base)(_run(base, base_store=where)) for where in ("device", store))
+    elsewhere = stored.host_bytes if store == "host" else stored.disk_bytes
+    assert elsewhere == stored.state.stored_bytes > 0
+    assert stored.device_bytes["frozen weights"] == plain.device_bytes["frozen weights"] - elsewhere
+    assert 0 < stored.device_bytes["fetched weights"] < elsewhere
+    assert stored.trace == plain.trace
+
+
+def test_rows_of_a_sparse_adapter_are_counted_where_they_are(base):
+    found = _estimator(base)(_run(base, method="meft", select_top_k=None, meft_r=64))
+    assert found.trace is None
+    assert "the step of a sparse adapter cannot be traced yet" in found.why_not_traced
+    assert found.host_bytes == found.state.row_bytes + found.state.row_state_bytes
+    counters = 4 * 64 * 3
+    assert found.state.row_state_bytes == 2 * found.state.row_bytes + counters
+    assert found.device_bytes["trained weights"] == found.state.trained_bytes - found.state.row_bytes
+
+
+def test_the_smallest_change_is_found(base):
+    estimator, config = _estimator(base), _run(base, gradient_accumulation_steps=2)
+    whole = estimator(config).total_device_bytes
+    checkpointed = estimator(changed(config, {"gradient_checkpointing": True})).total_device_bytes
+    assert checkpointed < whole
+    found = smallest_change(config, Budget(checkpointed, None), estimator)
+    assert found is not None
+    assert found.keys == {"gradient_checkpointing": True}
+    assert str(found) == "gradient_checkpointing: true"
+    narrow = smallest_change(config, Budget(checkpointed - 1, None), estimator)
+    assert narrow is not None
+    assert narrow.keys == {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    assert narrow.estimate.total_device_bytes < checkpointed
+
+
+def test_of_several_changes_none_is_made_for_nothing(base):
+    estimator, config = _estimator(base), _run(base, per_device_train_batch_size=1)
+    both = {"gradient_checkpointing": True, "select_top_k": 1}
+    room = estimator(changed(config, both)).total_device_bytes
+    found = smallest_change(config, Budget(room, None), estimator)
+    assert found is not None
+    budget = Budget(room, None)
+    for key in found.keys:
+        fewer = {other: value for other, value in found.keys.items() if other != key}
+        assert not budget.fits(estimator(changed(config, fewer))), key
+
+
+def test_what_no_change_makes_fit_is_said(base):
+    made = plan(_run(base), device_memory="10KiB")
+    (row,) = made.rows
+    assert (row.fits, row.change) == (False, None)
+    assert made.recommended is None
+    assert "esft lacks" in _text(made)
+    assert "no change that is known here makes it fit" in _text(made)
+
+
+def test_one_memory_holds_what_two_would(base):
+    found = _estimator(base)(_run(base, base_store="host"))
+    total = found.total_device_bytes + found.host_bytes
+    assert Budget(total, None).fits(found)
+    assert not Budget(total - 1, None).fits(found)
+    assert Budget(found.total_device_bytes, found.host_bytes).fits(found)
+    assert Budget(found.total_device_bytes, found.host_bytes - 1).lacking_bytes(found) == 1
+    assert Budget(found.total_device_bytes, found.host_bytes, runtime_bytes=5).lacking_bytes(found) == 5
+
+
+def test_a_method_that_a_setting_is_not_for_is_planned_without_it(base):
+    made = plan(_run(base, base_store="disk", train_norms=True), methods=("esft", "full"), device_memory="8GiB")
+    assert [row.config.base_store for row in made.rows] == ["disk", "device"]
+    assert made.rows[1].fits
+
+
+def test_a_method_that_the_model_cannot_have_is_told_beside_those_it_can(tmp_path):
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    made = plan(_run(tmp_path, select_top_k=None), methods=("esft", "lora"), device_memory="8GiB")
+    assert made.rows[0].estimate is None
+    assert "esft: " in _text(made)
+    assert made.recommended is made.rows[1]
+    with pytest.raises(ModelError):
+        plan(_run(tmp_path, select_top_k=None), device_memory="8GiB")
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("24GiB", 24 << 30), ("8 GB", 8 * 10**9), ("1000000", 10**6), ("0.5 MiB", MIB // 2), ("3kb", 3000), ("7B", 7)],
+)
+def test_sizes_are_read(text, num_bytes):
+    assert read_bytes(text, "device_memory") == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "much", "8 GiBs", "-3GiB", "1e9", "GiB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match=r"device_memory: got .*, expected a size such as 24GiB, 8GB or 500MiB"):
+        read_bytes(text, "device_memory")
+
+
+def test_nothing_is_no_memory():
+    with pytest.raises(ConfigError, match="host_memory: got '0GiB', expected more than nothing"):
+        read_bytes("0GiB", "host_memory")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"methods": ("esft", "lorra")},
+            "method: got 'lorra', expected some of esft, expert_lora, lora, meft, full, or",
+        ),
+        ({"labelled_share": 0.0}, r"labelled_share: must be in \(0, 1\], got 0.0"),
+        ({"device_memory": "lots"}, "device_memory: got 'lots'"),
+    ],
+)
+def test_bad_input_is_refused(base, options, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(_run(base), **options)
+
+
+def test_the_command_prints_a_table_and_writes_json(base, tmp_path):
+    options = ["--method", "esft,lora", "--device-memory", "8GiB", "--select-top-k", "2", "--max-length", "64"]
+    done = CliRunner().invoke(app, ["plan", "--model", str(base), *options, "-o", str(tmp_path / "new" / "plan.json")])
+    assert done.exit_code == 0, done.output
+    assert "at the peak" in done.output
+    assert "lora fits, and had" in done.output or "esft fits, and had" in done.output
+    written = json.loads((tmp_path / "new" / "plan.json").read_text())
+    assert written["device_memory_bytes"] == 8 << 30
+    assert [run["method"] for run in written["runs"]] == ["esft", "lora"]
+    assert all(run["fits"] and run["forward_flops"] > 0 for run in written["runs"])
+    assert sum(written["runs"][0]["device_bytes"].values()) == written["runs"][0]["total_device_bytes"]
+
+
+def test_a_runs_file_is_planned_as_it_is(base, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"model: {base}\ndataset: nowhere.jsonl\noutput_dir: runs/x\nmethod: expert_lora\nselect_top_k: 1\nmax_length: 64\n"
+    )
+    done = CliRunner().invoke(app, ["plan", str(tmp_path / "run.yaml"), "--device-memory", "8GiB"])
+    assert done.exit_code == 0, done.output
+    assert "expert_lora fits" in done.output
+
+
+def test_memory_that_is_not_given_is_this_machines(base, monkeypatch):
+    monkeypatch.setattr(module, "memory_limit_bytes", lambda: 123 * MIB)
+    monkeypatch.setattr(module, "held_bytes", lambda: 3 * MIB)
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    assert plan(_run(base)).budget == Budget(123 * MIB, None, 3 * MIB)
+    assert plan(_run(base), device_memory="1GiB", host_memory="2GiB").budget == Budget(1 << 30, 2 << 30, 0)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(0, "0"), (999, "999 B"), (1000, "0.977 KiB"), (3 << 30, "3 GiB"), (5 << 40, "5 TiB")]
+)
+def test_sizes_are_shown(num_bytes, text):
+    assert size(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(12, "12"), (1500, "1.5 k"), (19_660_800, "19.7 M"), (671_026_404_352, "671 B")]
+)
+def test_counts_are_shown(number, text):
+    assert count(number) == text
+
+
+def _text(made: object) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(made)
+    return console.export_text()
