@@ -57,7 +57,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """The configurations that `metier.training.run.train` is called with, without training."""
     configs: list[RunConfig] = []
     run = ModuleType("metier.training.run")
-    run.train = configs.append  # type: ignore[attr-defined]
+    run.train = lambda config, force: configs.append(config)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "metier.training", ModuleType("metier.training"))
     monkeypatch.setitem(sys.modules, "metier.training.run", run)
     return configs

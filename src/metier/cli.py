@@ -215,6 +215,7 @@ def train(
     context: typer.Context,
     run: Annotated[str | None, typer.Argument(metavar="[RUN.YAML]", help="YAML file of a run's keys.")] = None,
     preview: Annotated[bool, typer.Option("--preview", help="Show what is trained on, and stop.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Train even what cannot fit into memory.")] = False,
 ) -> None:
     """Train a model on a task; every key of the run's file is also an option."""
     # Options that typer does not know are left in order: without a file the first of them lands in `run`.
@@ -226,7 +227,7 @@ def train(
         return
     from metier.training.run import train as train_run
 
-    train_run(config)
+    train_run(config, force=force)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, epilog=RUN_KEYS)

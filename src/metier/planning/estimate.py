@@ -95,24 +95,29 @@ class Estimator:
 
     def __init__(self, base: PreTrainedConfig, *, labelled_share: float = DEFAULT_LABELLED_SHARE) -> None:
         self.base, self.labelled_share = base, labelled_share
-        self._traces: dict[RunConfig, StepTrace | str] = {}
+        self._traces: dict[tuple[RunConfig, Batch], StepTrace | str] = {}
         self._states: dict[RunConfig, Estimate] = {}
 
-    def __call__(self, config: RunConfig) -> Estimate:
+    def __call__(self, config: RunConfig, batch: Batch | None = None) -> Estimate:
         """What `metier train` with this configuration will take.
+
+        Args:
+            config: the run.
+            batch: its largest, where that is known.
 
         Raises:
             MetierError: as `run_skeleton`.
         """
         # where frozen weights are makes no difference to what is computed
         alike = dataclasses.replace(config, base_store="device", base_format=None, base_folder=None)
-        if alike not in self._traces:
-            batch = Batch(config.per_device_train_batch_size, config.max_length, self.labelled_share)
+        share = self.labelled_share if batch is None else batch.labelled_share
+        batch = batch or Batch(config.per_device_train_batch_size, config.max_length, share)
+        if (alike, batch) not in self._traces:
             try:
-                self._traces[alike] = trace_step(alike, run_skeleton(alike, self.base), batch)
+                self._traces[alike, batch] = trace_step(alike, run_skeleton(alike, self.base), batch)
             except UnsupportedModelError as error:
-                self._traces[alike] = str(error)
-        traced = self._traces[alike]
+                self._traces[alike, batch] = str(error)
+        traced = self._traces[alike, batch]
         known = self.without_activations(config)
         if isinstance(traced, str):
             return dataclasses.replace(known, why_not_traced=traced)
@@ -120,7 +125,7 @@ class Estimator:
         device = {**known.device_bytes, "activations": max(0, traced.peak_bytes - so_far)}
         if config.gradient_accumulation_steps == 1:
             device["gradients"] = so_far
-        said = (f"{self.labelled_share:.0%} of a batch's tokens have a loss, and it is full.", *_assumed(known.state))
+        said = (f"{share:.0%} of a batch's tokens have a loss, and it is full.", *_assumed(known.state))
         return dataclasses.replace(known, trace=traced, device_bytes=device, assumptions=(*known.assumptions, *said))
 
     def without_activations(self, config: RunConfig) -> Estimate:

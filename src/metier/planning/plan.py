@@ -136,7 +136,7 @@ def plan(
     for method in methods or ():
         if method not in METHODS:
             raise ConfigError(f"method: got {method!r}, expected some of {', '.join(METHODS)}, or all.")
-    budget = _budget(device_memory, host_memory)
+    budget = machine_budget(device_memory, host_memory)
     base = model_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     estimator = Estimator(base, labelled_share=labelled_share)
     configs = [config] if methods is None else [_as_method(config, method) for method in methods]
@@ -155,7 +155,12 @@ def _row(config: RunConfig, budget: Budget, estimator: Estimator, *, alone: bool
     return Row(config, found, found.why_not_traced, lacking, change)
 
 
-def _budget(device_memory: str | None, host_memory: str | None) -> Budget:
+def machine_budget(device_memory: str | None = None, host_memory: str | None = None) -> Budget:
+    """The memory that is given, such as "24GiB", or else this machine's.
+
+    Raises:
+        ConfigError: a size that is none.
+    """
     has_device = torch.cuda.is_available()
     if device_memory is not None:
         device = read_bytes(device_memory, "device_memory")

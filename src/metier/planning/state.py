@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,8 +100,19 @@ class TrainingPlan:
             )
         return table
 
-    def save(self, path: Path, measured: dict[str, float] | None = None) -> None:
-        """Write plan.json: what was known before the run, and beside it what was measured."""
+    def save(
+        self,
+        path: Path,
+        foreseen: Mapping[str, float | None] | None = None,
+        measured: Mapping[str, float | None] | None = None,
+    ) -> None:
+        """Write plan.json: what was known before the run, and beside it what was measured.
+
+        Args:
+            path: the file.
+            foreseen: what else was predicted.
+            measured: after the run, under the names of what was predicted where there is both.
+        """
         predicted = {
             "num_trained_parameters": self.num_trained,
             "num_frozen_parameters": self.num_frozen,
@@ -110,6 +121,7 @@ class TrainingPlan:
             "trained_bytes": self.trained_bytes,
             "gradient_bytes": self.gradient_bytes,
             "optimizer_bytes": self.optimizer_bytes,
+            **(foreseen or {}),
         }
         content = {"method": self.method, "predicted": predicted, "measured": measured}
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

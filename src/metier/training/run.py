@@ -27,6 +27,8 @@ from metier.memory.frozen_model import load_frozen
 from metier.methods.wrap import meft_config, selects_experts, wrap
 from metier.models.encoder_decoder import is_encoder_decoder, refuse_encoder_decoder
 from metier.models.load import LoadedModel, load
+from metier.models.skeleton import model_config
+from metier.planning.plan import size
 from metier.planning.state import TrainingPlan, training_plan
 from metier.routing.selection import ExpertSelection
 from metier.training.apart import check_records_stay_apart
@@ -39,6 +41,7 @@ from metier.training.callbacks import (
 )
 from metier.training.checkpoints import MarkCheckpoints, find_checkpoint
 from metier.training.folder import RunFolder, open_folder
+from metier.training.foresight import Foresight
 from metier.training.report import write_run_report
 from metier.training.selecting import run_selection, selection_config
 from metier.training.store_metrics import CountFrozen, CountRows
@@ -63,15 +66,16 @@ class RunResult:
     peak_memory_bytes: int
 
 
-def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
+def train(config: RunConfig, *, console: Console | None = None, force: bool = False) -> RunResult:
     """Train as configured.
 
     Args:
         config: one run; `metier.config_reading.load_run_config` reads it from YAML and a command line.
         console: where the plan and the progress go; standard output by default.
+        force: train even what cannot fit into memory.
 
     Raises:
-        RunError: the folder holds another run, or there is nothing to resume.
+        RunError: the folder holds another run, there is nothing to resume, or the run does not fit into memory.
         MetierError: any other error of the rooms that a run walks through.
     """
     console = console or Console()
@@ -83,6 +87,9 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
         selection_config(config)
     if config.method == "meft":
         meft_config(config)
+    base = model_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    foresight = Foresight(config, base, force=force)
+    foresight.before_loading()
     folder = open_folder(config)
     checkpoint = None
     if config.resume_from_checkpoint is not None:
@@ -100,10 +107,11 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
     selection = None
     if selects_experts(config):
         selection = run_selection(loaded.model, loaded.tokenizer, records, config, folder)
+    foreseen = foresight.before_training(items.items, None if selection is None else folder.selection)
     set_seed(config.seed)
     model = wrap(loaded.model, config, selection)
     plan = training_plan(model, method=config.method, selection=selection, row_state_dtype=config.meft_state_dtype)
-    plan.save(folder.plan)
+    plan.save(folder.plan, foreseen)
     if config.method == "meft":
         console.print("\n".join(meft_config(config).sizes.reasons()), highlight=False)
     console.print(plan)
@@ -135,8 +143,11 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
     _save(model, loaded.tokenizer, folder)
     # the adapter has them all
     shutil.rmtree(folder.rows, ignore_errors=True)
-    plan.save(folder.plan, {"train_seconds": seconds, "peak_memory_bytes": peak})
+    plan.save(folder.plan, foreseen, {"train_seconds": seconds, "peak_memory_bytes": peak})
     write_run_report(folder, config, selection, num_parameters=plan.num_trained + plan.num_frozen)
+    if "peak_memory_bytes" in foreseen:
+        wrong = foreseen["peak_memory_bytes"] / peak - 1
+        console.print(f"Peak memory {size(peak)}, {size(int(foreseen['peak_memory_bytes']))} foreseen ({wrong:+.1%})")
     console.print(f"Trained in {seconds:.0f} s; the delta is {folder.adapter}, the report {folder.report}")
     return RunResult(folder.root, model, loaded.tokenizer, plan, selection, seconds, peak)
 

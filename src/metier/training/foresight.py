@@ -1,0 +1,113 @@
+"""A run plans before it starts: what cannot fit is refused, and what it will take stands beside what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from metier.config import RunConfig
+from metier.data.encode import IGNORED, Item
+from metier.errors import RunError, UnsupportedModelError
+from metier.methods.wrap import selects_experts
+from metier.planning.estimate import Estimate, Estimator
+from metier.planning.fit import changed, smallest_change
+from metier.planning.plan import machine_budget, size
+from metier.planning.step import Batch
+from metier.training.callbacks import peak_memory_bytes
+
+
+class Foresight:
+    """What a run will take, known twice: its state before anything is loaded, its largest batch once there are data.
+
+    Args:
+        config: the run.
+        base: the model's configuration.
+        force: say nothing of what does not fit.
+    """
+
+    def __init__(self, config: RunConfig, base: PreTrainedConfig, *, force: bool) -> None:
+        self.config, self.force = config, force
+        self.budget = machine_budget()
+        # where there is one memory it is the process's that is measured
+        self._held_bytes = 0 if torch.cuda.is_available() else peak_memory_bytes()
+        self._estimator = Estimator(base)
+
+    def before_loading(self) -> None:
+        """Refuse a run whose weights, gradients and optimizer state alone are too much.
+
+        Raises:
+            RunError: they are.
+        """
+        if not self.force:
+            self._check(self._estimator.without_activations(_at_least(self.config)))
+
+    def before_training(self, items: Sequence[Item], selection: Path | None) -> dict[str, float]:
+        """What the largest batch will take, for plan.json; nothing where that cannot be said.
+
+        Args:
+            items: the records that are trained on.
+            selection: the file of the run's selection, if it has one.
+
+        Raises:
+            RunError: it does not fit.
+        """
+        try:
+            found = self._estimator(_with_selection(self.config, selection), largest_batch(items, self.config))
+        except UnsupportedModelError:
+            return {}
+        if found.trace is None:
+            return {}
+        if not self.force:
+            self._check(found)
+        return {
+            "activation_bytes": found.device_bytes["activations"],
+            "peak_memory_bytes": found.total_device_bytes + found.host_bytes + self._held_bytes,
+            "forward_flops": found.trace.flops("forward"),
+            "backward_flops": found.trace.flops("backward"),
+        }
+
+    def _check(self, estimate: Estimate) -> None:
+        lacking = self.budget.lacking_bytes(estimate)
+        if not lacking:
+            return
+        change = smallest_change(self.config, self.budget, self._estimator)
+        parts = ", ".join(
+            f"{size(num_bytes)} of {kind}" for kind, num_bytes in estimate.device_bytes.items() if num_bytes
+        )
+        wanted = size(estimate.total_device_bytes + estimate.host_bytes + self.budget.runtime_bytes)
+        advice = f"It fits with {change}." if change is not None else "See what does: metier plan --method all."
+        raise RunError(
+            f"{self.config.model}: the run needs at least {wanted}, {size(lacking)} more than there is: {parts}, and "
+            f"{size(self.budget.runtime_bytes)} of the process itself.\n{advice} Or run it all the same with --force."
+        )
+
+
+def _at_least(config: RunConfig) -> RunConfig:
+    """With one expert a layer where the task decides how many there are: a run is not refused on a guess."""
+    if not selects_experts(config) or config.selection is not None:
+        return config
+    if config.select_top_k is not None or config.select_top_fraction is not None:
+        return config
+    return changed(config, {"top_p": None, "select_budget_bytes": None, "select_top_k": 1})
+
+
+def _with_selection(config: RunConfig, selection: Path | None) -> RunConfig:
+    if selection is None:
+        return config
+    policies = dict.fromkeys(("top_p", "select_top_k", "select_top_fraction", "select_budget_bytes"))
+    asked = {"minus_general": False, "profile_until_stable": False}
+    return changed(config, {**policies, **asked, "selection": str(selection)})
+
+
+def largest_batch(items: Sequence[Item], config: RunConfig) -> Batch:
+    """As many rows as a batch has, each as long as the longest record, with its share of labels."""
+    longest = max(items, key=lambda item: len(item.input_ids))
+    num_tokens, num_rows = len(longest.input_ids), config.per_device_train_batch_size
+    shares = [sum(label != IGNORED for label in item.labels) / len(item.labels) for item in items]
+    share = sum(shares) / len(shares)
+    if config.padding_free:
+        return Batch(1, num_rows * num_tokens, share)
+    return Batch(min(num_rows, len(items)), num_tokens, share)

@@ -1,0 +1,104 @@
+"""A run plans before it starts, refuses what cannot fit, and says how wrong the plan was."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from metier.config import RunConfig
+from metier.data.encode import IGNORED, Encoded
+from metier.errors import RunError
+from metier.planning.fit import Budget
+from metier.training import foresight as module
+from metier.training.foresight import Foresight, largest_batch
+from metier.training.run import train
+from tiny_models import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model("deepseek_v2").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(base, tmp_path) -> RunConfig:
+    turns = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is a reply."}]
+    lines = [json.dumps({"messages": turns}) + "\n" for _ in range(8)]
+    (tmp_path / "data.jsonl").write_text("".join(lines))
+    return RunConfig(
+        model=str(base),
+        dataset=str(tmp_path / "data.jsonl"),
+        output_dir=str(tmp_path / "run"),
+        select_top_k=2,
+        profile_tokens=64,
+        max_steps=2,
+        learning_rate=1e-3,
+    )
+
+
+def _limited(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    monkeypatch.setattr(module, "machine_budget", lambda: Budget(num_bytes, None, 0))
+
+
+def test_what_was_foreseen_stands_beside_what_was_measured(config):
+    printed = Console(file=StringIO(), width=200)
+    train(config, console=printed)
+    written = json.loads((Path(config.output_dir) / "plan.json").read_text())
+    predicted, measured = written["predicted"], written["measured"]
+    assert predicted["activation_bytes"] > 0
+    assert min(predicted["forward_flops"], predicted["backward_flops"]) > 0
+    # a model of a few hundred kilobytes is nothing beside the process
+    assert predicted["peak_memory_bytes"] == pytest.approx(measured["peak_memory_bytes"], rel=0.5)
+    assert "foreseen (" in printed.file.getvalue()
+
+
+def test_weights_that_do_not_fit_are_refused_before_anything_is_loaded(config, monkeypatch):
+    _limited(monkeypatch, 100_000)
+    monkeypatch.setattr("metier.training.run.load_base", lambda config: pytest.fail("was loaded"))
+    with pytest.raises(RunError, match=r"the run needs at least .* more than there is: .* of frozen weights"):
+        train(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_activations_that_do_not_fit_are_refused_before_training(config, monkeypatch):
+    state = Foresight(config, tiny_model("deepseek_v2").config, force=False)._estimator.without_activations(config)
+    _limited(monkeypatch, state.total_device_bytes + 1000)
+    with pytest.raises(RunError, match=r"of activations(?s:.*)Or run it all the same with --force"):
+        train(config)
+    assert not (Path(config.output_dir) / "adapter").exists()
+
+
+def test_by_force_it_runs_all_the_same(config, monkeypatch):
+    _limited(monkeypatch, 100_000)
+    train(config, force=True, console=Console(file=StringIO()))
+    assert (Path(config.output_dir) / "adapter").exists()
+
+
+def test_a_run_is_not_refused_on_a_guess_of_its_experts(base):
+    """How many experts top_p takes is known after profiling alone."""
+    guessed = RunConfig(model=str(base), dataset="-", output_dir="-", top_p=0.9)
+    assert module._at_least(guessed).select_top_k == 1
+    kept = RunConfig(model=str(base), dataset="-", output_dir="-", select_top_fraction=0.5)
+    assert module._at_least(kept) is kept
+
+
+@pytest.mark.parametrize(
+    ("padding_free", "rows", "num_rows", "num_tokens"), [(False, 2, 2, 9), (True, 2, 1, 18), (False, 8, 3, 9)]
+)
+def test_the_largest_batch_is_as_long_as_the_longest_record(padding_free, rows, num_rows, num_tokens):
+    config = RunConfig(
+        model="m", dataset="d", output_dir="o", padding_free=padding_free, per_device_train_batch_size=rows
+    )
+    items = [
+        Encoded(input_ids=[7] * n, labels=[IGNORED] * (n - n // 3) + [7] * (n // 3), origin="t") for n in (3, 9, 6)
+    ]
+    batch = largest_batch(items, config)
+    assert (batch.num_rows, batch.num_tokens) == (num_rows, num_tokens)
+    assert batch.labelled_share == pytest.approx(1 / 3)
