@@ -80,13 +80,14 @@ def trace_step(config: RunConfig, skeleton: Skeleton, batch: Batch, *, seed: int
     inputs = {"input_ids": torch.ones_like(labels_BT), "attention_mask": torch.ones_like(labels_BT)}
     hook = bare.base_model.register_forward_hook(_keep(labels_BT[:, 1:] != IGNORED))
     try:
-        with tracer, torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-            outputs = model(
-                **inputs, shift_labels=labels_BT[:, 1:][labels_BT[:, 1:] != IGNORED][None], fused_lm_head=True
-            )
+        with tracer:
+            # as accelerate has it: around the model alone
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+                outputs = model(
+                    **inputs, shift_labels=labels_BT[:, 1:][labels_BT[:, 1:] != IGNORED][None], fused_lm_head=True
+                )
             loss = -outputs.log_probs.sum()
             entropy, is_top1 = outputs.entropy.detach().sum(), outputs.is_top1.sum()
-        with tracer:
             marks.forward_done()
             loss.backward()
             del outputs, loss, entropy, is_top1
