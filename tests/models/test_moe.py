@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from metier.errors import UnsupportedModelError
+from metier.methods.meft import MeftConfig
 from metier.models.moe import moe_layers
 from tiny_models import tiny_model
 
@@ -70,6 +71,13 @@ def test_a_peft_wrapped_layer_keeps_its_path_and_its_own_experts() -> None:
         assert type(after.entry).__name__ == "ParamWrapper"
         assert after.entry is wrapped.base_model.model.get_submodule(after.path)
     assert [layer.path for layer in moe_layers(wrapped.base_model)] == [layer.path for layer in bare]
+
+
+def test_an_adapter_beside_the_whole_block_changes_nothing_of_the_view() -> None:
+    before = moe_layers(tiny_model("olmoe"))
+    after = moe_layers(get_peft_model(tiny_model("olmoe"), MeftConfig(r=64)))
+    assert [(a.path, a.router_path, a.top_k) for a in after] == [(b.path, b.router_path, b.top_k) for b in before]
+    assert all(layer.entry is layer.experts for layer in after)
 
 
 def test_a_wrapped_router_still_says_its_top_k() -> None:

@@ -44,7 +44,7 @@ def test_every_method_has_a_row_and_what_fits_is_marked(base):
     made = plan(_run(base), methods=METHODS, device_memory="8GiB")
     assert [row.config.method for row in made.rows] == list(METHODS)
     fits = {row.config.method: row.fits for row in made.rows}
-    assert fits == {"esft": True, "expert_lora": True, "lora": True, "full": True, "meft": False}
+    assert fits == {"esft": True, "expert_lora": True, "lora": True, "full": True, "meft": True}
     assert made.recommended is not None
     assert made.recommended.config.method == "full"
 
@@ -90,12 +90,28 @@ def test_weights_in_a_store_are_counted_where_they_are(base, store):
 
 def test_rows_of_a_sparse_adapter_are_counted_where_they_are(base):
     found = _estimator(base)(_run(base, method="meft", select_top_k=None, meft_r=64))
-    assert found.trace is None
-    assert "the step of a sparse adapter cannot be traced yet" in found.why_not_traced
     assert found.host_bytes == found.state.row_bytes + found.state.row_state_bytes
     counters = 4 * 64 * 3
     assert found.state.row_state_bytes == 2 * found.state.row_bytes + counters
     assert found.device_bytes["trained weights"] == found.state.trained_bytes - found.state.row_bytes
+
+
+def test_rows_are_copied_to_a_device_that_has_memory_of_its_own(base):
+    config, model = _run(base, method="meft", select_top_k=None, meft_r=64), tiny_model("deepseek_v2").config
+    alone, apart = (Estimator(model, has_host=has_host)(config) for has_host in (False, True))
+    assert alone.device_bytes["fetched weights"] == 0
+    assert apart.device_bytes["fetched weights"] == apart.state.row_bytes
+
+
+def test_what_cannot_be_traced_is_said_and_does_not_count_as_fitting(base):
+    made = plan(_run(base, method="meft", select_top_k=None, meft_semantics="union"), device_memory="8GiB")
+    (row,) = made.rows
+    assert row.estimate is not None
+    assert row.estimate.trace is None
+    assert not row.fits
+    text = _text(made)
+    assert "not known" in text
+    assert "meft_semantics: union cannot be traced" in text
 
 
 def test_the_smallest_change_is_found(base):

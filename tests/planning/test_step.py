@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from metier.config import RunConfig
 from metier.data.encode import Encoded
 from metier.errors import UnsupportedModelError
+from metier.methods.meft import MeftLayer
 from metier.methods.wrap import wrap
 from metier.models.moe import is_dense, moe_layers
 from metier.planning import step as module
@@ -38,6 +40,7 @@ def _config(method: str, folder: Path, *, checkpointing: bool, bf16: bool = Fals
         output_dir=str(folder),
         method=method,
         lora_r=4,
+        meft_r=256,
         dtype="float32",
         gradient_checkpointing=checkpointing,
         bf16=bf16,
@@ -68,7 +71,8 @@ def _measured(base: PreTrainedModel, config: RunConfig, selection) -> tuple[int,
     module._route([] if is_dense(model) else moe_layers(model), BATCH, 0)
     trainer.current_gradient_accumulation_steps = 1
     tracer = Tracer(None)
-    for tensor in (*model.parameters(), *model.buffers()):
+    rows = [s.rows_NMWD for m in model.modules() if isinstance(m, MeftLayer) for s in m.stores.values()]
+    for tensor in (*model.parameters(), *model.buffers(), *rows):
         tracer.memory.known(tensor)
     with tracer:
         trainer.training_step(
@@ -93,6 +97,8 @@ def _measured(base: PreTrainedModel, config: RunConfig, selection) -> tuple[int,
         ("gpt_oss", "full"),
         ("llama", "lora"),
         ("llama", "full"),
+        ("llama", "meft"),
+        ("olmoe", "meft"),
     ],
 )
 def test_peak_and_operations_are_the_trainers(family, method, checkpointing, tmp_path):
@@ -156,10 +162,10 @@ def test_many_layers_are_traced_as_fast_as_few(tmp_path):
     assert many.flops("backward") - few.flops("backward") == 100 * a_layer
 
 
-def test_a_sparse_adapter_cannot_be_traced_yet(tmp_path):
-    config = _config("meft", tmp_path, checkpointing=False)
+def test_what_a_batch_has_in_common_cannot_be_traced(tmp_path):
+    config = dataclasses.replace(_config("meft", tmp_path, checkpointing=False), meft_semantics="union")
     skeleton = run_skeleton(config, tiny_model("llama").config)
-    with pytest.raises(UnsupportedModelError, match="the step of a sparse adapter cannot be traced yet"):
+    with pytest.raises(UnsupportedModelError, match="a sparse adapter with meft_semantics: union cannot be traced"):
         trace_step(config, skeleton, BATCH)
 
 

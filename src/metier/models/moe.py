@@ -139,7 +139,7 @@ def _view(bare: nn.Module, raw_path: str, experts: nn.Module, flags: dict[str, b
     in_encoder = is_encoder_decoder(bare) and "decoder" not in path.split(".")
     index = int(found[-1]) + (0 if in_encoder else _num_encoder_layers(bare))
     parent_path, _, name = path.rpartition(".")
-    block = bare.get_submodule(parent_path)
+    block = original_module(bare.get_submodule(parent_path))  # an adapter may stand beside the whole block
     router_name = next((n for n in ROUTER_NAMES if isinstance(block._modules.get(n), nn.Module)), None)
     hidden_size, moe_intermediate_size = _sizes(path, experts, flags)
     return MoELayer(

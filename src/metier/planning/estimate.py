@@ -91,10 +91,13 @@ class Estimator:
         base: the model's configuration.
         labelled_share: of the tokens that have a loss. Batches are full: `per_device_train_batch_size` rows of
             `max_length` tokens.
+        has_host: the host's memory is not the device's, so that rows in it are copied to the device.
     """
 
-    def __init__(self, base: PreTrainedConfig, *, labelled_share: float = DEFAULT_LABELLED_SHARE) -> None:
-        self.base, self.labelled_share = base, labelled_share
+    def __init__(
+        self, base: PreTrainedConfig, *, labelled_share: float = DEFAULT_LABELLED_SHARE, has_host: bool = False
+    ) -> None:
+        self.base, self.labelled_share, self.has_host = base, labelled_share, has_host
         self._traces: dict[tuple[RunConfig, Batch], StepTrace | str] = {}
         self._states: dict[RunConfig, Estimate] = {}
 
@@ -121,7 +124,7 @@ class Estimator:
         known = self.without_activations(config)
         if isinstance(traced, str):
             return dataclasses.replace(known, why_not_traced=traced)
-        so_far = _gradients_at(traced.peak(), known.state)
+        so_far = min(traced.peak_bytes, _gradients_at(traced.peak(), known.state))
         device = {**known.device_bytes, "activations": max(0, traced.peak_bytes - so_far)}
         if config.gradient_accumulation_steps == 1:
             device["gradients"] = so_far
@@ -143,7 +146,8 @@ class Estimator:
         device = {
             "frozen weights": state.base_bytes - stored - (state.trained_bytes if config.method == "full" else 0),
             # two layers' at a time; a store in fewer bits on the device itself is not fetched
-            "fetched weights": 2 * stored // max(1, len(state.rows) - 1),
+            "fetched weights": 2 * stored // max(1, len(state.rows) - 1)
+            + state.row_bytes * (is_apart and self.has_host),
             "trained weights": state.trained_bytes - (state.row_bytes if is_apart else 0),
             "gradients": 0 if config.gradient_accumulation_steps == 1 else state.gradient_bytes,
             "optimizer state": state.optimizer_bytes - (state.row_state_bytes if is_apart else 0),
@@ -170,5 +174,5 @@ def _gradients_at(peak: Peak, state: TrainingPlan) -> int:
 
 
 def _assumed(state: TrainingPlan) -> Iterator[str]:
-    if state.method != "meft":
-        yield "Every expert of a layer is as likely as any other to be chosen."
+    chosen = "Key-Expert" if state.method == "meft" else "expert"
+    yield f"Every {chosen} of a layer is as likely as any other to be chosen."

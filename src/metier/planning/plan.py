@@ -138,7 +138,7 @@ def plan(
             raise ConfigError(f"method: got {method!r}, expected some of {', '.join(METHODS)}, or all.")
     budget = machine_budget(device_memory, host_memory)
     base = model_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    estimator = Estimator(base, labelled_share=labelled_share)
+    estimator = Estimator(base, labelled_share=labelled_share, has_host=budget.host_bytes is not None)
     configs = [config] if methods is None else [_as_method(config, method) for method in methods]
     return Plan(budget, tuple(_row(wanted, budget, estimator, alone=len(configs) == 1) for wanted in configs))
 

@@ -23,7 +23,9 @@ from trl.trainer.utils import add_fused_lm_head
 from metier.config import RunConfig
 from metier.data.encode import IGNORED
 from metier.errors import UnsupportedModelError
+from metier.memory.step_gradients import step_gradients_of
 from metier.methods.expert_layer import ExpertTunerLayer
+from metier.methods.meft import MeftLayer
 from metier.models.moe import MoELayer, is_dense, moe_layers
 from metier.planning.from_config import Skeleton
 from metier.planning.segments import Segment, StepTrace
@@ -59,8 +61,12 @@ def trace_step(config: RunConfig, skeleton: Skeleton, batch: Batch, *, seed: int
     Raises:
         UnsupportedModelError: the model's layers are called in a way that is not known here.
     """
+    if config.method == "meft" and config.meft_semantics == "union":
+        raise UnsupportedModelError(
+            "which rows a batch has in common depends on numbers, which a trace has none of: the step of a sparse "
+            "adapter with meft_semantics: union cannot be traced."
+        )
     model = skeleton.model.train()
-    _check(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if isinstance(model, PeftModel):
@@ -71,7 +77,8 @@ def trace_step(config: RunConfig, skeleton: Skeleton, batch: Batch, *, seed: int
     tracer = Tracer(fake)
     bare: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     add_fused_lm_head(bare, outputs=("log_probs", "entropy", "is_top1"))
-    for tensor in (*model.parameters(), *model.buffers()):
+    rows = [s.arrays["rows"] for m in model.modules() if isinstance(m, MeftLayer) for s in m.stores.values()]
+    for tensor in (*model.parameters(), *model.buffers(), *rows):
         tracer.memory.known(tensor)
     marks = _Marks(tracer)
     order = _cut_to_some_of_a_kind(model, marks)
@@ -96,14 +103,6 @@ def trace_step(config: RunConfig, skeleton: Skeleton, batch: Batch, *, seed: int
         hook.remove()
         routed()
     return StepTrace(tuple(marks.segments), tuple(order))
-
-
-def _check(model: nn.Module) -> None:
-    if any(True for module in model.modules() if isinstance(getattr(module, "stores", None), dict)):
-        raise UnsupportedModelError(
-            "which rows a step uses depends on numbers, which a trace has none of: the step of a sparse adapter "
-            "cannot be traced yet."
-        )
 
 
 def _keep(is_labelled_BT: Tensor) -> Callable[..., Any]:
@@ -140,10 +139,16 @@ def _without_numbers(model: nn.Module) -> FakeTensorMode:
                 # the old one is kept too, so that no other gets its id
                 new = nn.Parameter(faked(parameter), requires_grad=parameter.requires_grad)
                 made[id(parameter)] = (new, parameter)
+                gradients = step_gradients_of(parameter)
+                if gradients is not None:
+                    gradients.holder = new
+                    new.step_gradients = gradients  # type: ignore[attr-defined]
             module._parameters[name] = made[id(parameter)][0]
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = faked(buffer)
+        for store in module.stores.values() if isinstance(module, MeftLayer) else ():
+            store.arrays["rows"] = faked(store.arrays["rows"])
     return fake
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
@@ -67,6 +67,7 @@ class Tracer(TorchDispatchMode):
     def __init__(self, fake: FakeTensorMode | None) -> None:
         super().__init__()
         self.fake, self.memory, self.operations = fake, Memory(), Operations()
+        self._generator = torch.Generator().manual_seed(0)
 
     def __torch_dispatch__(
         self, func: Any, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -93,9 +94,19 @@ class Tracer(TorchDispatchMode):
         with self.fake:
             if func is aten._grouped_mm.default:
                 return _grouped_mm(*args, **kwargs)
+            if func is aten.topk.default:
+                return self._chosen(*args, **kwargs)
             if func in (aten.mm.out, aten.addmm.out):  # there is one an expert, and each would take a millisecond
                 return kwargs["out"]
             return func(*args, **kwargs)
+
+    def _chosen(self, scores: Tensor, k: int, dim: int = -1, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The k best of scores that have no numbers: any, each once. Integers are real."""
+        values = scores.narrow(dim, 0, k).clone()
+        assert self.fake is not None, "asked for only where there is one"
+        with unset_fake_temporarily():
+            chosen = torch.rand(scores.shape, generator=self._generator).topk(k, dim).indices
+        return values, chosen
 
     def _without_fakes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.fake is not None, "asked for only where there is one"

@@ -33,7 +33,7 @@ class Foresight:
         self.budget = machine_budget()
         # where there is one memory it is the process's that is measured
         self._held_bytes = 0 if torch.cuda.is_available() else peak_memory_bytes()
-        self._estimator = Estimator(base)
+        self._estimator = Estimator(base, has_host=self.budget.host_bytes is not None)
 
     def before_loading(self) -> None:
         """Refuse a run whose weights, gradients and optimizer state alone are too much.
