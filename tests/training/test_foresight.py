@@ -75,6 +75,15 @@ def test_activations_that_do_not_fit_are_refused_before_training(config, monkeyp
     assert not (Path(config.output_dir) / "adapter").exists()
 
 
+def test_what_may_fit_after_all_is_not_refused(config, monkeypatch):
+    found = Foresight(config, tiny_model("deepseek_v2").config, force=False)._estimator(config)
+    monkeypatch.setattr(module, "machine_budget", lambda: Budget(int(0.95 * found.total_device_bytes), None, 0))
+    kept = Foresight(config, tiny_model("deepseek_v2").config, force=False)
+    kept._check(found, may_be_wrong=module.OVER_PREDICTED)
+    with pytest.raises(RunError, match="more than there is"):
+        kept._check(found)
+
+
 def test_by_force_it_runs_all_the_same(config, monkeypatch):
     _limited(monkeypatch, 100_000)
     train(config, force=True, console=Console(file=StringIO()))
