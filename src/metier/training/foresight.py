@@ -18,7 +18,6 @@ from metier.planning.plan import machine_budget, size
 from metier.planning.step import Batch
 from metier.training.callbacks import peak_memory_bytes
 
-
 OVER_PREDICTED = 0.06
 """By so much of what was foreseen a run took less at most: benchmarks/results/planner.md."""
 
