@@ -13,6 +13,7 @@ from metier.config import RunConfig
 from metier.data.encode import IGNORED, Encoded
 from metier.errors import RunError
 from metier.planning.fit import Budget
+from metier.planning.step import Batch
 from metier.training import foresight as module
 from metier.training.foresight import Foresight, largest_batch
 from metier.training.run import train
@@ -99,15 +100,22 @@ def test_a_run_is_not_refused_on_a_guess_of_its_experts(base):
 
 
 @pytest.mark.parametrize(
-    ("padding_free", "rows", "num_rows", "num_tokens"), [(False, 2, 2, 9), (True, 2, 1, 18), (False, 8, 3, 9)]
+    ("padding_free", "rows", "batch"),
+    [
+        (False, 2, Batch(2, 9, 2 / 9)),
+        (False, 8, Batch(3, 9, 2 / 9)),
+        # three records are all there are: the longest, and two more of six tokens each, which fill two rows of nine
+        (True, 6, Batch(3, 9, 1 / 3)),
+        (True, 1, Batch(1, 9, 1 / 3)),
+    ],
 )
-def test_the_largest_batch_is_as_long_as_the_longest_record(padding_free, rows, num_rows, num_tokens):
+def test_the_largest_batch_is_as_long_as_the_longest_record(padding_free, rows, batch):
     config = RunConfig(
         model="m", dataset="d", output_dir="o", padding_free=padding_free, per_device_train_batch_size=rows
     )
     items = [
         Encoded(input_ids=[7] * n, labels=[IGNORED] * (n - n // 3) + [7] * (n // 3), origin="t") for n in (3, 9, 6)
     ]
-    batch = largest_batch(items, config)
-    assert (batch.num_rows, batch.num_tokens) == (num_rows, num_tokens)
-    assert batch.labelled_share == pytest.approx(1 / 3)
+    found = largest_batch(items, config)
+    assert (found.num_rows, found.num_tokens) == (batch.num_rows, batch.num_tokens)
+    assert found.labelled_share == pytest.approx(batch.labelled_share)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from transformers import PreTrainedConfig
@@ -106,11 +108,14 @@ def _with_selection(config: RunConfig, selection: Path | None) -> RunConfig:
 
 
 def largest_batch(items: Sequence[Item], config: RunConfig) -> Batch:
-    """As many rows as a batch has, each as long as the longest record, with its share of labels."""
-    longest = max(items, key=lambda item: len(item.input_ids))
-    num_tokens, num_rows = len(longest.input_ids), config.per_device_train_batch_size
-    shares = [sum(label != IGNORED for label in item.labels) / len(item.labels) for item in items]
-    share = sum(shares) / len(shares)
+    """What the batch with the longest record takes, the others in it being as most are.
+
+    Padded, every row is as long as that record; without padding there are so many such rows as the others fill.
+    """
+    num_rows = min(config.per_device_train_batch_size, len(items))
+    longest = max(len(item.input_ids) for item in items)
+    labelled = fmean(sum(label != IGNORED for label in item.labels) for item in items)
     if config.padding_free:
-        return Batch(1, num_rows * num_tokens, share)
-    return Batch(min(num_rows, len(items)), num_tokens, share)
+        tokens = fmean(len(item.input_ids) for item in items)
+        return Batch(1 + math.ceil((num_rows - 1) * tokens / longest), longest, labelled / tokens)
+    return Batch(num_rows, longest, labelled / longest)
