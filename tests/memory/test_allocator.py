@@ -61,3 +61,26 @@ def test_without_it_they_stay() -> None:
 def test_the_environment_goes_first() -> None:
     changed, _, _ = _megabytes("give_memory_back()", MALLOC_MMAP_THRESHOLD_="8589934592")
     assert changed == "False"
+
+
+@glibc
+def test_what_is_free_is_given_back_once() -> None:
+    program = """
+from metier.memory.allocator import give_back_what_is_free
+from metier.memory.memory_limit import held_bytes
+import torch
+kept = []
+blocks = [torch.zeros(1 << 18) for _ in range(200)]  # 1 MB each, in the heap for its size
+kept.append(torch.zeros(8))  # what lies above keeps the heap from shrinking by itself
+before = held_bytes()
+del blocks
+held = held_bytes()
+given = give_back_what_is_free()
+print(before, held, held_bytes(), given)
+"""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    before, held, after, given = done.stdout.split()
+    assert int(held) > int(before) - (50 << 20)
+    assert int(after) < int(before) - (150 << 20)
+    assert given == "True"

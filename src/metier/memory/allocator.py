@@ -26,3 +26,14 @@ def give_memory_back() -> bool:
     except (OSError, AttributeError):
         return False
     return all(mallopt(option, _THRESHOLD_BYTES) == 1 for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
+
+
+def give_back_what_is_free() -> bool:
+    """Once: blocks that are free now go back to the system, so that what the process holds is what it uses.
+
+    Returns whether anything was given back.
+    """
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (OSError, AttributeError):
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,13 @@ from transformers import PreTrainedConfig
 from metier.config import RunConfig
 from metier.data.encode import IGNORED, Item
 from metier.errors import RunError, UnsupportedModelError
+from metier.memory.allocator import give_back_what_is_free
 from metier.methods.wrap import selects_experts
 from metier.planning.estimate import Estimate, Estimator
 from metier.planning.fit import changed, smallest_change
 from metier.planning.plan import machine_budget, size
 from metier.planning.step import Batch
-from metier.training.callbacks import peak_memory_bytes
+from metier.training.callbacks import peak_memory_bytes, reset_peak_memory
 
 OVER_PREDICTED = 0.06
 """By so much of what was foreseen a run took less at most: benchmarks/results/planner.md."""
@@ -35,6 +37,10 @@ class Foresight:
 
     def __init__(self, config: RunConfig, base: PreTrainedConfig, *, force: bool) -> None:
         self.config, self.force = config, force
+        # what a former run of the process has left is no part of this one
+        gc.collect()
+        give_back_what_is_free()
+        reset_peak_memory()
         self.budget = machine_budget()
         # where there is one memory it is the process's that is measured
         self._held_bytes = 0 if torch.cuda.is_available() else peak_memory_bytes()

@@ -37,7 +37,6 @@ from metier.training.callbacks import (
     MetricsLog,
     ShowProgress,
     peak_memory_bytes,
-    reset_peak_memory,
 )
 from metier.training.checkpoints import MarkCheckpoints, find_checkpoint
 from metier.training.folder import RunFolder, open_folder
@@ -81,7 +80,6 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
     console = console or Console()
     # transformers renames options that PEFT and TRL still use; a user can do nothing about it
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
-    reset_peak_memory()
     if selects_experts(config):
         # what cannot be selected by is refused before anything is loaded
         selection_config(config)
