@@ -169,6 +169,16 @@ def test_what_a_batch_has_in_common_cannot_be_traced(tmp_path):
         trace_step(config, skeleton, BATCH)
 
 
+def test_a_model_whose_code_wants_numbers_is_said_to_be_untraceable(tmp_path, monkeypatch):
+    def forward(self, hidden):
+        return hidden * float(hidden.sum())
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", forward)
+    config = _config("full", tmp_path, checkpointing=False)
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM: its step cannot be traced \("):
+        trace_step(config, run_skeleton(config, tiny_model("llama").config), BATCH)
+
+
 def test_segments_are_put_together_in_the_order_of_a_step():
     def segment(phase: str, layer: int | None, kept: int, peak: int) -> Segment:
         return Segment(phase, layer, kept, peak, flops=kept, bytes_moved=0, num_operations=1)

@@ -26,6 +26,7 @@ from metier.errors import UnsupportedModelError
 from metier.memory.step_gradients import step_gradients_of
 from metier.methods.expert_layer import ExpertTunerLayer
 from metier.methods.meft import MeftLayer
+from metier.models.load import first_line
 from metier.models.moe import MoELayer, is_dense, moe_layers
 from metier.planning.from_config import Skeleton
 from metier.planning.segments import Segment, StepTrace
@@ -59,8 +60,18 @@ def trace_step(config: RunConfig, skeleton: Skeleton, batch: Batch, *, seed: int
         seed: of that.
 
     Raises:
-        UnsupportedModelError: the model's layers are called in a way that is not known here.
+        UnsupportedModelError: the model's step cannot be traced.
     """
+    try:
+        return _traced(config, skeleton, batch, seed)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # a family's own code meets tensors without numbers: whatever it does then
+        name = type(skeleton.model).__name__
+        raise UnsupportedModelError(f"{name}: its step cannot be traced ({first_line(error)}).") from error
+
+
+def _traced(config: RunConfig, skeleton: Skeleton, batch: Batch, seed: int) -> StepTrace:
     if config.method == "meft" and config.meft_semantics == "union":
         raise UnsupportedModelError(
             "which rows a batch has in common depends on numbers, which a trace has none of: the step of a sparse "
