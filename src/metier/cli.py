@@ -218,10 +218,7 @@ def train(
     force: Annotated[bool, typer.Option("--force", help="Train even what cannot fit into memory.")] = False,
 ) -> None:
     """Train a model on a task; every key of the run's file is also an option."""
-    # Options that typer does not know are left in order: without a file the first of them lands in `run`.
-    tokens = [*([run] if run else []), *context.args]
-    path = tokens.pop(0) if tokens and not tokens[0].startswith("--") else None
-    config = load_run_config(path, tokens)
+    config = _run_config(context, run)
     if preview:
         _preview(config)
         return
@@ -248,9 +245,7 @@ def plan(
 
     A config.json, or a folder with one, is enough for --model; no data are read.
     """
-    tokens = [*([run] if run else []), *context.args]
-    path = tokens.pop(0) if tokens and not tokens[0].startswith("--") else None
-    config = load_run_config(path, tokens, not_needed={"dataset": "-", "output_dir": "-"})
+    config = _run_config(context, run, not_needed={"dataset": "-", "output_dir": "-"})
     from metier.planning.plan import METHODS
     from metier.planning.plan import plan as plan_runs
 
@@ -425,6 +420,14 @@ def compose(
             f"cosine {conflict.cosine:+.2f}"
         )
     typer.echo(f"Delta of {sum(map(len, delta.config.experts.values()))} experts: {output}")
+
+
+def _run_config(context: typer.Context, run: str | None, **options: Any) -> RunConfig:
+    """A run's file and the options that go before it."""
+    # Options that typer does not know are left in order: without a file the first of them lands in `run`.
+    tokens = [*([run] if run else []), *context.args]
+    path = tokens.pop(0) if tokens and not tokens[0].startswith("--") else None
+    return load_run_config(path, tokens, **options)
 
 
 def _preview(config: RunConfig) -> None:

@@ -185,8 +185,8 @@ class RunConfig:
         for name in ("top_p", "select_top_fraction", "stability_threshold"):
             value = getattr(self, name)
             _require(value is None or 0 < value <= 1, name, "be in (0, 1]", value)
-        policies = {name: value for name in _POLICIES if (value := getattr(self, name)) is not None}
-        _require(len(policies) <= 1, ", ".join(_POLICIES), "have one value among them at most", policies)
+        policies = {name: value for name in POLICIES if (value := getattr(self, name)) is not None}
+        _require(len(policies) <= 1, ", ".join(POLICIES), "have one value among them at most", policies)
         made_by = [*policies, *(n for n in ("minus_general", "profile_until_stable") if getattr(self, n))]
         if self.selection is not None and made_by:
             raise ConfigError(
@@ -228,7 +228,7 @@ class RunConfig:
 
 
 _GROUPS = ("shared_experts", "router", "attention", "norms")
-_POLICIES = ("top_p", "select_top_k", "select_top_fraction", "select_budget_bytes")
+POLICIES = ("top_p", "select_top_k", "select_top_fraction", "select_budget_bytes")
 _AT_LEAST_ONE = (
     "profile_tokens",
     "select_top_k",

@@ -203,30 +203,28 @@ def test_expanded_mla_has_the_bytes_of_the_heads_that_attention_sees(
     assert seen == [2 * layer.bytes_for(5) for layer in expanded.layers]
 
 
+def with_virtual_tokens(case: str, method: Any, num_tokens: int) -> tuple[KvCache, int]:
+    """What is predicted of a model, and the bytes that five virtual tokens add to the real cache of two sequences."""
+    config = config_of(case)
+    model = model_of(config)
+    before = sum(real_bytes(cache_after(model, tokens(2, num_tokens))))
+    tuned = peft.get_peft_model(model, method(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    after = sum(real_bytes(cache_after(tuned, tokens(2, num_tokens))))
+    return kv_cache(config, dtype=torch.float32), after - before
+
+
 @pytest.mark.parametrize("num_tokens", [2, 3 * WINDOW])
 @pytest.mark.parametrize("case", ["grouped", "multi-query", "mistral", "gemma2", "gemma3", "gpt_oss", "llama4, chunks"])
 def test_prefixes_add_what_peft_puts_into_the_cache(case: str, num_tokens: int) -> None:
-    config = config_of(case)
-    predicted = kv_cache(config, dtype=torch.float32)
-    model = model_of(config)
-    before = sum(real_bytes(cache_after(model, tokens(2, num_tokens))))
-    options = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
-    prefixed = peft.get_peft_model(model, options).eval()
-    after = sum(real_bytes(cache_after(prefixed, tokens(2, num_tokens))))
-    assert after - before == predicted.prefix_bytes(5, num_tokens=num_tokens, num_sequences=2)
+    predicted, added = with_virtual_tokens(case, peft.PrefixTuningConfig, num_tokens)
+    assert added == predicted.prefix_bytes(5, num_tokens=num_tokens, num_sequences=2)
 
 
 @pytest.mark.parametrize("num_tokens", [2, 3 * WINDOW])
 @pytest.mark.parametrize("case", ["grouped", "mistral", "gemma2", "deepseek_v2", "nemotron_h", "qwen3_next"])
 def test_soft_prompts_add_as_many_tokens_to_every_sequence(case: str, num_tokens: int) -> None:
-    config = config_of(case)
-    predicted = kv_cache(config, dtype=torch.float32)
-    model = model_of(config)
-    before = sum(real_bytes(cache_after(model, tokens(2, num_tokens))))
-    options = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
-    prompted = peft.get_peft_model(model, options).eval()
-    after = sum(real_bytes(cache_after(prompted, tokens(2, num_tokens))))
-    assert after - before == predicted.soft_prompt_bytes(5, num_tokens=num_tokens, num_sequences=2)
+    predicted, added = with_virtual_tokens(case, peft.PromptTuningConfig, num_tokens)
+    assert added == predicted.soft_prompt_bytes(5, num_tokens=num_tokens, num_sequences=2)
 
 
 @pytest.mark.parametrize(("case", "index", "kind"), [("deepseek_v2", 0, "MLA"), ("nemotron_h", 0, "state")])

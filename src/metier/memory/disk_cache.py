@@ -92,7 +92,8 @@ class DiskCache:
         _caches.add(self)
 
     def _start(self) -> None:
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        """Held while the account changes; whoever keeps one of his own beside it may hold it too."""
         self._reader = ThreadPoolExecutor(1, "metier-disk-read")
         self._writer = ThreadPoolExecutor(1, "metier-disk-write")
         self._on_their_way: deque[tuple[Future[None], int]] = deque()
@@ -105,13 +106,13 @@ class DiskCache:
 
     def come_to(self, phase: Phase, layer: Layer) -> None:
         """The step begins another part of its work."""
-        with self._lock:
+        with self.lock:
             self._now = place(phase, *layer.layer_place)
             self._call += 1
 
     def wanted(self, file: CachedFile, pieces: Sequence[int], *, to_write: bool = False) -> None:
         """These will be used soon: have them read if they are not in memory."""
-        with self._lock:
+        with self.lock:
             missing = [piece for piece in pieces if piece not in file.last_call]
             self._mark(file, pieces, self._call)
             # room is made before anything is read into it
@@ -125,13 +126,13 @@ class DiskCache:
         reading = file.reading
         if reading is not None:
             reading.result()
-            with self._lock:
+            with self.lock:
                 if file.reading is reading:  # nobody has asked for more meanwhile
                     file.reading = None
 
     def written(self, file: CachedFile, pieces: Sequence[int]) -> None:
         """These have changed. Those that were not announced, as when rows are made or loaded, nobody is waiting for."""
-        with self._lock:
+        with self.lock:
             unannounced = [piece for piece in pieces if piece not in file.last_call]
             self._mark(file, unannounced, self._call - NUM_PROTECTED)
             file.changed.update(pieces)
@@ -139,13 +140,13 @@ class DiskCache:
 
     def done_with(self, file: CachedFile) -> None:
         """Nobody is using what is in memory of a file any more: it need not stay until others have been asked for."""
-        with self._lock:
+        with self.lock:
             for piece in file.last_call:
                 file.last_call[piece] = self._call - NUM_PROTECTED
 
     def forget(self, file: CachedFile, num_pieces: int) -> None:
         """The numbers of the first pieces are not wanted any more; who writes there next waits for this first."""
-        with self._lock:
+        with self.lock:
             for piece in range(num_pieces):
                 if file.last_call.pop(piece, None) is not None:
                     self.num_bytes -= file.piece_bytes

@@ -9,8 +9,6 @@ knows what comes next: while one layer is computed, the next one's weights are r
 from __future__ import annotations
 
 import mmap
-import os
-import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -132,7 +130,7 @@ class FrozenStore:
     def _want(self, indices: Sequence[int]) -> None:
         if self._file is None:
             return
-        with self.layer.order.lock:
+        with disk_cache().lock:
             self.layer.arrive()
             disk_cache().wanted(self._file, indices)
             self.last_read = self.layer.read_in_pass(self, indices)
@@ -199,19 +197,6 @@ class FrozenOrder:
     def __init__(self) -> None:
         self.layers: list[FrozenLayer] = []
         self.now: tuple[Phase, int] | None = None
-        self.lock = threading.RLock()
-        _orders.add(self)
-
-
-def _renew_locks() -> None:
-    for order in _orders:
-        order.lock = threading.RLock()
-
-
-# another thread may have held a lock when the process was forked
-_orders: weakref.WeakSet[FrozenOrder] = weakref.WeakSet()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _is_in_backward() -> bool:

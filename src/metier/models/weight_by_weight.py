@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ class WeightPlace(Protocol):
 
     @property
     def folder(self) -> Path:
-        """For files that are in the way from one format to another."""
+        """For files that are in the way from one format to another; it goes after loading."""
         ...
 
     def put(self, name: str, layer: int, weight: Tensor) -> nn.Parameter:
@@ -96,19 +95,19 @@ def from_pretrained_by_weight(
         )
     device_map = dict(_device_map(skeleton, "", modules))
     del skeleton
-    with tempfile.TemporaryDirectory(prefix="metier-", dir=place.folder) as scratch, _quiet("accelerate.big_modeling"):
-        with _told_of_full_disk(scratch):
+    with _quiet("accelerate.big_modeling"):
+        with _told_of_full_disk(place.folder):
             network, info = network_class.from_pretrained(
                 target,
                 device_map=device_map,
-                offload_folder=scratch,
+                offload_folder=str(place.folder),
                 output_loading_info=True,
                 **options,
             )
         if info["missing_keys"]:  # the caller says which
             return network, info
         for path, layer in modules.items():
-            _move(network.get_submodule(path), path, layer, place, Path(scratch))
+            _move(network.get_submodule(path), path, layer, place)
     for module in network.modules():
         remove_hook_from_module(module)
         # a module that holds its own method would stay in memory until cycles are collected
@@ -136,7 +135,7 @@ def _code_options(network_class: Any, config: PreTrainedConfig, options: dict[st
 
 
 @contextmanager
-def _told_of_full_disk(folder: str) -> Iterator[None]:
+def _told_of_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -163,7 +162,7 @@ def _device_map(module: nn.Module, path: str, on_disk: Collection[str]) -> Itera
             yield from _device_map(child, f"{start}{name}", on_disk)
 
 
-def _move(module: nn.Module, path: str, layer: int, place: WeightPlace, scratch: Path) -> None:
+def _move(module: nn.Module, path: str, layer: int, place: WeightPlace) -> None:
     """The weights of one module go to their place; its biases, and what modules it holds have, stay in memory."""
     for inner_path, inner in module.named_modules():
         owner = f"{path}.{inner_path}" if inner_path else path
@@ -176,7 +175,7 @@ def _move(module: nn.Module, path: str, layer: int, place: WeightPlace, scratch:
             assert empty.shape == filled.shape, f"{owner}.{name}: {tuple(filled.shape)} for {tuple(empty.shape)}"
             del value
             # what had to be converted was written there; what had not is in the checkpoint itself
-            (scratch / f"{owner}.{name}.safetensors").unlink(missing_ok=True)
+            (place.folder / f"{owner}.{name}.safetensors").unlink(missing_ok=True)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ random, and said so.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +127,10 @@ class Estimator:
         device = {**known.device_bytes, "activations": max(0, traced.peak_bytes - so_far)}
         if config.gradient_accumulation_steps == 1:
             device["gradients"] = so_far
-        said = (f"{share:.0%} of a batch's tokens have a loss, and it is full.", *_assumed(known.state))
+        said = (
+            f"{share:.0%} of a batch's tokens have a loss, and it is full.",
+            "Where a layer has experts (or Key-Experts), each is as likely as any other to be chosen.",
+        )
         return dataclasses.replace(known, trace=traced, device_bytes=device, assumptions=(*known.assumptions, *said))
 
     def without_activations(self, config: RunConfig) -> Estimate:
@@ -171,8 +173,3 @@ def _gradients_at(peak: Peak, state: TrainingPlan) -> int:
     if peak.layer is None:
         return 0
     return sum(row.gradient_bytes for row in state.rows if row.name != "other" and int(row.name) > peak.layer)
-
-
-def _assumed(state: TrainingPlan) -> Iterator[str]:
-    chosen = "Key-Expert" if state.method == "meft" else "expert"
-    yield f"Every {chosen} of a layer is as likely as any other to be chosen."

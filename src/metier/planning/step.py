@@ -26,6 +26,7 @@ from metier.errors import UnsupportedModelError
 from metier.memory.step_gradients import step_gradients_of
 from metier.methods.expert_layer import ExpertTunerLayer
 from metier.methods.meft import MeftLayer
+from metier.models.labelled_output import labelled_output
 from metier.models.load import first_line
 from metier.models.moe import MoELayer, is_dense, moe_layers
 from metier.planning.from_config import Skeleton
@@ -96,32 +97,25 @@ def _traced(config: RunConfig, skeleton: Skeleton, batch: Batch, seed: int) -> S
     routed = _route([layer for layer in experts if layer.index in order], batch, seed)
     labels_BT = batch.labels_BT()
     inputs = {"input_ids": torch.ones_like(labels_BT), "attention_mask": torch.ones_like(labels_BT)}
-    hook = bare.base_model.register_forward_hook(_keep(labels_BT[:, 1:] != IGNORED))
+    hook = bare.base_model.register_forward_hook(labelled_output(labels_BT[:, 1:] != IGNORED))
     try:
         with tracer:
             # as accelerate has it: around the model alone
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-                outputs = model(
-                    **inputs, shift_labels=labels_BT[:, 1:][labels_BT[:, 1:] != IGNORED][None], fused_lm_head=True
-                )
+                # made in the step, as the trainer has it
+                shift_labels = labels_BT[:, 1:][labels_BT[:, 1:] != IGNORED][None]
+                outputs = model(**inputs, shift_labels=shift_labels, fused_lm_head=True)
+                del shift_labels
             loss = -outputs.log_probs.sum()
             entropy, is_top1 = outputs.entropy.detach().sum(), outputs.is_top1.sum()
-            marks.forward_done()
+            marks.come_to("backward", None)
             loss.backward()
             del outputs, loss, entropy, is_top1
-        marks.done()
+        marks.come_to("end", None)
     finally:
         hook.remove()
         routed()
     return StepTrace(tuple(marks.segments), tuple(order))
-
-
-def _keep(is_labelled_BT: Tensor) -> Callable[..., Any]:
-    def keep_labelled(_module: nn.Module, _args: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state[:, :-1][is_labelled_BT].unsqueeze(0)
-        return output
-
-    return keep_labelled
 
 
 def _fill_ids(model: nn.Module, skeleton: Skeleton) -> None:
@@ -217,17 +211,11 @@ class _Marks:
         self._now = (phase, layer)
         self._start()
 
-    def forward_done(self) -> None:
-        self.come_to("backward", None)
 
-    def done(self) -> None:
-        self.come_to("end", None)
+class _InPlace(nn.Module):
+    """Stands where a layer stood: calls it and says when it begins and ends, both ways; without marks skips it."""
 
-
-class _Traced(nn.Module):
-    """A layer that says when it begins and ends, on both ways."""
-
-    def __init__(self, layer: nn.Module, number: int, marks: _Marks) -> None:
+    def __init__(self, layer: nn.Module, number: int, marks: _Marks | None) -> None:
         super().__init__()
         self.layer, self.number, self._marks = layer, number, marks
 
@@ -240,6 +228,8 @@ class _Traced(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         marks, number = self._marks, self.number
         hidden = args[0] if args else kwargs["hidden_states"]
+        if marks is None:
+            return hidden
         if number == 0 and hidden.requires_grad:
             hidden.register_hook(lambda _: marks.come_to("backward", None))
         marks.come_to("forward", number)
@@ -249,23 +239,6 @@ class _Traced(nn.Module):
             hidden.register_hook(lambda _: marks.come_to("backward", number))
         marks.come_to("forward", None)
         return out
-
-
-class _Skipped(nn.Module):
-    """In the place of a layer that another one stands for."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        object.__setattr__(self, "_original", layer)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_original"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return args[0] if args else kwargs["hidden_states"]
 
 
 def _cut_to_some_of_a_kind(model: nn.Module, marks: _Marks) -> list[int]:
@@ -282,7 +255,7 @@ def _cut_to_some_of_a_kind(model: nn.Module, marks: _Marks) -> list[int]:
     others = {kind: number for number, kind in enumerate(kinds) if number not in alone}
     order = [number if number in alone else others[kind] for number, kind in enumerate(kinds)]
     for number, layer in enumerate(layers):
-        layers[number] = _Traced(layer, number, marks) if number in order else _Skipped(layer)
+        layers[number] = _InPlace(layer, number, marks if number in order else None)
     return order
 
 

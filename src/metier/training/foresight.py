@@ -11,9 +11,9 @@ from statistics import fmean
 import torch
 from transformers import PreTrainedConfig
 
-from metier.config import RunConfig
+from metier.config import POLICIES, RunConfig
 from metier.data.encode import IGNORED, Item
-from metier.errors import RunError, UnsupportedModelError
+from metier.errors import RunError
 from metier.memory.allocator import give_back_what_is_free
 from metier.methods.wrap import selects_experts
 from metier.planning.estimate import Estimate, Estimator
@@ -65,10 +65,7 @@ class Foresight:
         Raises:
             RunError: it does not fit.
         """
-        try:
-            found = self._estimator(_with_selection(self.config, selection), largest_batch(items, self.config))
-        except UnsupportedModelError:
-            return {}
+        found = self._estimator(_with_selection(self.config, selection), largest_batch(items, self.config))
         if found.trace is None:
             return {}
         if not self.force:
@@ -102,15 +99,14 @@ def _at_least(config: RunConfig) -> RunConfig:
         return config
     if config.select_top_k is not None or config.select_top_fraction is not None:
         return config
-    return changed(config, {"top_p": None, "select_budget_bytes": None, "select_top_k": 1})
+    return changed(config, {**dict.fromkeys(POLICIES), "select_top_k": 1})
 
 
 def _with_selection(config: RunConfig, selection: Path | None) -> RunConfig:
     if selection is None:
         return config
-    policies = dict.fromkeys(("top_p", "select_top_k", "select_top_fraction", "select_budget_bytes"))
     asked = {"minus_general": False, "profile_until_stable": False}
-    return changed(config, {**policies, **asked, "selection": str(selection)})
+    return changed(config, {**dict.fromkeys(POLICIES), **asked, "selection": str(selection)})
 
 
 def largest_batch(items: Sequence[Item], config: RunConfig) -> Batch:

@@ -4,7 +4,7 @@ TRL leaves the others out where it has Triton, and computes them elsewhere. That
 prompts are long, or where the model is small beside its vocabulary.
 """
 
-# B rows, T tokens, L positions with a label, D hidden_size
+# B rows, T tokens
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trl import SFTTrainer
 
 from metier.data.encode import IGNORED
+from metier.models.labelled_output import labelled_output
 
 
 def keep_to_labelled_positions(trainer: SFTTrainer) -> None:
@@ -36,12 +37,7 @@ def keep_to_labelled_positions(trainer: SFTTrainer) -> None:
         if return_outputs or labels_BT.device.type != "cpu" or not is_labelled_BT.any():
             return plain(model, inputs, return_outputs, num_items_in_batch)
 
-        def keep_labelled(_module: nn.Module, _args: Any, output: Any) -> Any:
-            hidden_1LD = output.last_hidden_state[:, :-1][is_labelled_BT].unsqueeze(0)
-            output.last_hidden_state = hidden_1LD
-            return output
-
-        hook = layers_of(trainer).register_forward_hook(keep_labelled)
+        hook = layers_of(trainer).register_forward_hook(labelled_output(is_labelled_BT))
         try:
             shifted = {**inputs, "shift_labels": labels_BT[is_labelled_BT].unsqueeze(0)}
             return plain(model, shifted, return_outputs, num_items_in_batch)
