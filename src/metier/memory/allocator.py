@@ -19,13 +19,18 @@ def give_memory_back() -> bool:
 
     Returns whether anything was changed: the C library may be another one.
     """
-    if any(name in os.environ for name in _ENVIRONMENT):
+    if is_left_alone():
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
     return all(mallopt(option, _THRESHOLD_BYTES) == 1 for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
+
+
+def is_left_alone() -> bool:
+    """Whether somebody has set glibc's own environment variables, and so knows better."""
+    return any(name in os.environ for name in _ENVIRONMENT)
 
 
 def give_back_what_is_free() -> bool:

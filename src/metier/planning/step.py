@@ -9,6 +9,7 @@ Layers repeat, so of each kind one is traced, and stands for the others (`StepTr
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer import utils as trl_head
 
 from metier.config import RunConfig
 from metier.data.encode import IGNORED
@@ -27,6 +27,7 @@ from metier.memory.step_gradients import step_gradients_of
 from metier.methods.expert_layer import ExpertTunerLayer
 from metier.methods.meft import MeftLayer
 from metier.models.labelled_output import labelled_output
+from metier.models.layers import layer_stacks
 from metier.models.load import first_line
 from metier.models.moe import MoELayer, is_dense, moe_layers
 from metier.planning.from_config import Skeleton
@@ -51,7 +52,9 @@ class Batch:
         return labels
 
 
-def trace_step(config: RunConfig, skeleton: Skeleton, batch: Batch, *, seed: int = 0) -> StepTrace:
+def trace_step(
+    config: RunConfig, skeleton: Skeleton, batch: Batch, *, seed: int = 0, is_reserved: bool = False
+) -> StepTrace:
     """Forward and backward pass over one batch, with every layer's part; the optimizer's step is not in it.
 
     Args:
@@ -59,12 +62,13 @@ def trace_step(config: RunConfig, skeleton: Skeleton, batch: Batch, *, seed: int
         skeleton: of `run_skeleton`; it is used up.
         batch: its size. Each token's experts are drawn at random, all of a layer being as likely.
         seed: of that.
+        is_reserved: whether tensors take memory before they are written, as on an accelerator.
 
     Raises:
         UnsupportedModelError: the model's step cannot be traced.
     """
     try:
-        return _traced(config, skeleton, batch, seed)
+        return _traced(config, skeleton, batch, seed, is_reserved)
     except UnsupportedModelError:
         raise
     except Exception as error:  # a family's own code meets tensors without numbers: whatever it does then
@@ -72,7 +76,7 @@ def trace_step(config: RunConfig, skeleton: Skeleton, batch: Batch, *, seed: int
         raise UnsupportedModelError(f"{name}: its step cannot be traced ({first_line(error)}).") from error
 
 
-def _traced(config: RunConfig, skeleton: Skeleton, batch: Batch, seed: int) -> StepTrace:
+def _traced(config: RunConfig, skeleton: Skeleton, batch: Batch, seed: int, is_reserved: bool) -> StepTrace:
     if config.method == "meft" and config.meft_semantics == "union":
         raise UnsupportedModelError(
             "which rows a batch has in common depends on numbers, which a trace has none of: the step of a sparse "
@@ -88,7 +92,7 @@ def _traced(config: RunConfig, skeleton: Skeleton, batch: Batch, seed: int) -> S
     experts = [] if is_dense(model) else moe_layers(model)
     tracer = Tracer(fake)
     bare: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
-    add_fused_lm_head(bare, outputs=("log_probs", "entropy", "is_top1"))
+    trl_head.add_fused_lm_head(bare, outputs=("log_probs", "entropy", "is_top1"))
     rows = [s.arrays["rows"] for m in model.modules() if isinstance(m, MeftLayer) for s in m.stores.values()]
     for tensor in (*model.parameters(), *model.buffers(), *rows):
         tracer.memory.known(tensor)
@@ -99,7 +103,7 @@ def _traced(config: RunConfig, skeleton: Skeleton, batch: Batch, seed: int) -> S
     inputs = {"input_ids": torch.ones_like(labels_BT), "attention_mask": torch.ones_like(labels_BT)}
     hook = bare.base_model.register_forward_hook(labelled_output(labels_BT[:, 1:] != IGNORED))
     try:
-        with tracer:
+        with tracer, nullcontext() if is_reserved else columns_that_are_written(bare):
             # as accelerate has it: around the model alone
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
                 # made in the step, as the trainer has it
@@ -116,6 +120,20 @@ def _traced(config: RunConfig, skeleton: Skeleton, batch: Batch, seed: int) -> S
         hook.remove()
         routed()
     return StepTrace(tuple(marks.segments), tuple(order))
+
+
+@contextmanager
+def columns_that_are_written(model: PreTrainedModel) -> Iterator[None]:
+    """TRL makes room for logits of 32,768 tokens of a vocabulary at a time, which a smaller one writes a part of.
+
+    On a CPU the rest takes no memory.
+    """
+    width = trl_head._CHUNKED_LOGPROB_CHUNK_SIZE
+    trl_head._CHUNKED_LOGPROB_CHUNK_SIZE = min(width, model.config.get_text_config().vocab_size)
+    try:
+        yield
+    finally:
+        trl_head._CHUNKED_LOGPROB_CHUNK_SIZE = width
 
 
 def _fill_ids(model: nn.Module, skeleton: Skeleton) -> None:
@@ -260,11 +278,7 @@ def _cut_to_some_of_a_kind(model: nn.Module, marks: _Marks) -> list[int]:
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
-    found = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) and isinstance(module[0], GradientCheckpointingLayer)
-    ]
+    found = layer_stacks(model)
     if len(found) != 1:
         raise UnsupportedModelError(
             f"{type(model).__name__}: has {len(found)} stacks of layers, expected one; its step cannot be traced."

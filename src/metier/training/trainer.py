@@ -31,6 +31,7 @@ from metier.data.encode import Item
 from metier.data.pairs import PairCollator, token_mean_loss
 from metier.memory import RowAdamW
 from metier.models.encoder_decoder import decoder_start_token, is_encoder_decoder
+from metier.training.give_back import GiveBack
 from metier.training.labelled_positions import keep_to_labelled_positions
 from metier.training.learning_rates import set_learning_rates
 
@@ -56,7 +57,7 @@ def make_trainer(
         "train_dataset": _dataset(items),
         "eval_dataset": None if eval_items is None else _dataset(eval_items),
         "processing_class": tokenizer,
-        "callbacks": callbacks,
+        "callbacks": [*callbacks, GiveBack()],
     }
     trainer: Trainer
     if is_encoder_decoder(model):
