@@ -1,9 +1,10 @@
 """How wrong the planner is: predicted against measured peak memory of real runs, each in a process of its own.
 
     python benchmarks/planner.py run [--minutes 100]     goes on where it stopped
+    python benchmarks/planner.py predict                 predicts all of them again
     python benchmarks/planner.py report                  writes results/planner.md and .png
 
-A run makes a random model of a family, wraps it and trains three steps with the trainer of `metier train` on full
+A run makes a random model of a family, wraps it and trains four steps with the trainer of `metier train` on full
 batches, half of whose tokens have a loss. Measured is the most resident memory over what the process held before the
 model was made; before that a tiny model of the same family is trained the same way, so that the libraries' code is
 there. Predicted is what `metier plan` says, from the configuration alone. A third of the runs, chosen by a hash of
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import hashlib
 import json
 import os
@@ -29,7 +31,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 LINES = RESULTS / "planner.jsonl"
-NUM_STEPS = 3
+NUM_STEPS = 4
 GOALS = {"median": 0.04, "95th percentile": 0.10, "most under-predicted": 0.03}
 _MOE = {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 8192, "hidden_size": 512}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,6 +56,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "expert_lora": {"method": "expert_lora", "lora_r": 8, "select_top_k": 8},
     "esft-2": {"method": "esft", "select_top_k": 2},
     "esft-8": {"method": "esft", "select_top_k": 8},
+    "meft-host": {"method": "meft", "meft_r": 2048, "meft_store": "host"},
+    "meft-device": {"method": "meft", "meft_r": 2048, "meft_store": "device"},
 }
 SHAPES = ((1, 512), (4, 512), (2, 1024))
 
@@ -95,10 +99,11 @@ class Cell:
 
 def cells() -> Iterator[Cell]:
     for family in FAMILIES:
-        for method in METHODS if family != "llama" else ("full", "lora"):
+        for method in METHODS if family != "llama" else ("full", "lora", "meft-host", "meft-device"):
             for num_rows, num_tokens in SHAPES:
-                for checkpointing in (False, True):
-                    yield Cell(family, method, num_rows, num_tokens, checkpointing)
+                # each shape with checkpointing for about half of the methods
+                digest = hashlib.sha256(f"{family} {method} {num_rows} {num_tokens}".encode()).digest()
+                yield Cell(family, method, num_rows, num_tokens, checkpointing=bool(digest[0] % 2))
 
 
 def base_config(family: str) -> Any:
@@ -122,14 +127,19 @@ def measure(cell: Cell) -> dict[str, Any]:
     ctypes.CDLL(None).malloc_trim(0)
     reset_peak_memory()
     before = peak_memory_bytes()
-    started = time.perf_counter()
-    _train(cell, base)
-    return {"peak_bytes": peak_memory_bytes() - before, "seconds": time.perf_counter() - started}
+    seconds = _train(cell, base)
+    # the first one makes the optimizer's state
+    return {"peak_bytes": peak_memory_bytes() - before, "step_seconds": median(seconds[1:])}
 
 
-def _train(cell: Cell, base: Any) -> None:
-    import gc
+def _train(cell: Cell, base: Any) -> list[float]:
+    """Returns the seconds of each step; nothing else is left."""
+    seconds = _steps(cell, base)
+    gc.collect()
+    return seconds
 
+
+def _steps(cell: Cell, base: Any) -> list[float]:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -155,18 +165,29 @@ def _train(cell: Cell, base: Any) -> None:
         ids = torch.randint(10, base.vocab_size, (cell.num_rows * NUM_STEPS, cell.num_tokens)).tolist()
         items = [Encoded(input_ids=row, labels=[IGNORED] * half + row[half:], origin="random") for row in ids]
         trainer = make_trainer(wrapped, tokenizer, items, config, Path(folder), eval_items=None, callbacks=[])
+        seconds: list[float] = []
+        plain = trainer.training_step
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            out = plain(*args, **kwargs)
+            seconds.append(time.perf_counter() - started)
+            return out
+
+        trainer.training_step = timed
         trainer.train()
-    del trainer, wrapped, model
-    gc.collect()
+    return seconds
 
 
 def predict(cell: Cell, estimators: dict[str, Any]) -> dict[str, Any]:
     from metier.planning.estimate import Estimator
+    from metier.planning.plan import WORKSPACE_BYTES
 
     if cell.family not in estimators:
         estimators[cell.family] = Estimator(base_config(cell.family))
     estimate = estimators[cell.family](cell.config())
-    return {"predicted_bytes": estimate.total_device_bytes, "predicted": dict(estimate.device_bytes)}
+    predicted = {**estimate.device_bytes, "host": estimate.host_bytes, "workspace": WORKSPACE_BYTES}
+    return {"predicted_bytes": sum(predicted.values()), "predicted": predicted}
 
 
 def run(minutes: float) -> bool:
@@ -176,7 +197,8 @@ def run(minutes: float) -> bool:
     estimators: dict[str, Any] = {}
     # a run as a user starts it: glibc as it is
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    for cell in cells():
+    # in an order of no meaning, so that a part of the grid stands for all of it
+    for cell in sorted(cells(), key=lambda cell: hashlib.sha256(f"order of {cell.name}".encode()).digest()):
         if cell.name in done:
             continue
         if time.monotonic() > until:
@@ -199,13 +221,22 @@ def run(minutes: float) -> bool:
     return True
 
 
+def predict_again() -> None:
+    """Put what the planner says now into every line."""
+    estimators: dict[str, Any] = {}
+    lines = _lines()
+    for line in lines:
+        line |= predict(Cell(**{name: line[name] for name in Cell.__slots__}), estimators)
+    LINES.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
 def _lines() -> list[dict[str, Any]]:
     return [json.loads(line) for line in LINES.read_text(encoding="utf-8").splitlines()] if LINES.exists() else []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "report", "measure"))
+    parser.add_argument("what", choices=("run", "predict", "report", "measure"))
     parser.add_argument("cell", nargs="?")
     parser.add_argument("--minutes", type=float, default=100.0)
     given = parser.parse_args()
@@ -213,6 +244,8 @@ def main() -> None:
         print(json.dumps(measure(Cell(**json.loads(given.cell)))))
     elif given.what == "run":
         sys.exit(0 if run(given.minutes) else 1)
+    elif given.what == "predict":
+        predict_again()
     else:
         report()
 

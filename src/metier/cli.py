@@ -240,6 +240,7 @@ def plan(
     ] = None,
     labelled_share: Annotated[float, typer.Option(help="Of a batch's tokens, those that have a loss.")] = 0.5,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as JSON, too.")] = None,
+    chart: Annotated[Path | None, typer.Option(help="Draw memory by kind: a .png or .html file.")] = None,
 ) -> None:
     """Say what a run will take before it starts, from the model's configuration alone.
 
@@ -248,7 +249,10 @@ def plan(
     config = _run_config(context, run, not_needed={"dataset": "-", "output_dir": "-"})
     from metier.planning.plan import METHODS
     from metier.planning.plan import plan as plan_runs
+    from metier.reports.plan import check_chart, save_chart
 
+    if chart is not None:
+        check_chart(chart)
     chosen = None if method is None else list(METHODS) if method == "all" else method.split(",")
     made = plan_runs(
         config,
@@ -260,6 +264,8 @@ def plan(
     _print(made)
     if output is not None:
         made.save(output)
+    if chart is not None:
+        save_chart(made, chart)
 
 
 @app.command()

@@ -8,15 +8,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
 from metier.cli import app
 from metier.config import RunConfig
-from metier.errors import ConfigError, ModelError
+from metier.errors import ConfigError, ModelError, UnsupportedModelError
 from metier.planning import plan as module
 from metier.planning.estimate import KINDS, Estimator
 from metier.planning.fit import Budget, changed, read_bytes, smallest_change
+from metier.planning.kv_cache import kv_cache
 from metier.planning.plan import METHODS, count, plan, size
 from tiny_models import tiny_model
 
@@ -233,11 +235,38 @@ def test_a_runs_file_is_planned_as_it_is(base, tmp_path):
     assert "expert_lora fits" in done.output
 
 
+def test_the_kv_cache_is_said_once(base, tmp_path):
+    made = plan(_run(base), methods=("esft", "lora"), device_memory="8GiB")
+    config = tiny_model("deepseek_v2").config
+    assert made.kv_cache == kv_cache(config, dtype=torch.float32)
+    made.save(tmp_path / "plan.json")
+    token_bytes = config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * 4
+    assert json.loads((tmp_path / "plan.json").read_text())["kv_cache"] == {
+        "token_bytes": token_bytes,
+        "long_token_bytes": token_bytes,
+        "bytes_at_32768_tokens": 32_768 * token_bytes,
+    }
+    assert _text(made).count("the KV cache (MLA)") == 1
+    halves = plan(_run(base, dtype="bfloat16"), device_memory="8GiB")
+    assert halves.kv_cache is not None
+    assert halves.kv_cache.token_bytes == token_bytes // 2
+
+
+def test_a_model_whose_cache_is_not_known_has_none(base, monkeypatch):
+    def refuse(*_args, **_options):
+        raise UnsupportedModelError("no keys")
+
+    monkeypatch.setattr(module, "kv_cache", refuse)
+    made = plan(_run(base), device_memory="8GiB")
+    assert made.as_dict()["kv_cache"] is None
+    assert "KV cache" not in _text(made)
+
+
 def test_memory_that_is_not_given_is_this_machines(base, monkeypatch):
     monkeypatch.setattr(module, "memory_limit_bytes", lambda: 123 * MIB)
     monkeypatch.setattr(module, "held_bytes", lambda: 3 * MIB)
     monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
-    assert plan(_run(base)).budget == Budget(123 * MIB, None, 3 * MIB)
+    assert plan(_run(base)).budget == Budget(123 * MIB, None, 3 * MIB + module.WORKSPACE_BYTES)
     assert plan(_run(base), device_memory="1GiB", host_memory="2GiB").budget == Budget(1 << 30, 2 << 30, 0)
 
 

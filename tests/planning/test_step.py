@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from metier.models.moe import is_dense, moe_layers
 from metier.planning import step as module
 from metier.planning.from_config import run_skeleton
 from metier.planning.segments import Segment, StepTrace
-from metier.planning.step import Batch, trace_step
+from metier.planning.step import Batch, columns_that_are_written, trace_step
 from metier.planning.trace import Operations, Tracer
 from metier.training.trainer import make_trainer
 from tiny_models import tiny_model, tiny_tokenizer
@@ -27,10 +28,12 @@ BATCH = Batch(3, 128, 0.05)
 NUM_LAYERS = 8
 ROUNDING = 2e-4
 """Masks of a few hundred bytes that the trainer makes outside of the step, and the metrics' own numbers."""
-
-
+FIRED = 0.01
+"""Which rows of a sparse adapter fire is drawn at random, and by numbers in the trainer."""
 CAST_AGAIN = 0.015
 """With bf16 and checkpointing: weights that autocast casts for the second forward pass of a layer live a little longer."""
+CAST_AGAIN_IN_LAYERS = 0.06
+"""The same where the peak is in a layer and not in the loss, in a model whose weights are as large as its activations."""
 
 
 def _config(method: str, folder: Path, *, checkpointing: bool, bf16: bool = False) -> RunConfig:
@@ -49,7 +52,9 @@ def _config(method: str, folder: Path, *, checkpointing: bool, bf16: bool = Fals
     )
 
 
-def _measured(base: PreTrainedModel, config: RunConfig, selection) -> tuple[int, Operations]:
+def _measured(
+    base: PreTrainedModel, config: RunConfig, selection, *, is_reserved: bool = False
+) -> tuple[int, Operations]:
     """Peak and operations of the trainer's step, numbers and all; each layer's routes are those of the trace."""
     model = wrap(base, config, selection)
     labels = BATCH.labels_BT()[0].tolist()
@@ -74,7 +79,7 @@ def _measured(base: PreTrainedModel, config: RunConfig, selection) -> tuple[int,
     rows = [s.rows_NMWD for m in model.modules() if isinstance(m, MeftLayer) for s in m.stores.values()]
     for tensor in (*model.parameters(), *model.buffers(), *rows):
         tracer.memory.known(tensor)
-    with tracer:
+    with tracer, nullcontext() if is_reserved else columns_that_are_written(base):
         trainer.training_step(
             trainer.accelerator.prepare_model(model.train()),
             inputs,
@@ -108,7 +113,7 @@ def test_peak_and_operations_are_the_trainers(family, method, checkpointing, tmp
     assert len(set(trace.stands_for)) < NUM_LAYERS
     measured = tiny_model(family, num_hidden_layers=NUM_LAYERS)
     peak, operations = _measured(measured, config, skeleton.selection)
-    assert trace.peak_bytes == pytest.approx(peak, rel=ROUNDING)
+    assert trace.peak_bytes == pytest.approx(peak, rel=FIRED if method == "meft" else ROUNDING)
     flops = trace.flops("forward") + trace.flops("backward")
     # one layer's random routes stand for the others', which have as many pairs but not the same of trained experts
     assert flops == pytest.approx(operations.flops, rel=0 if method in ("lora", "full") else 0.01)
@@ -117,18 +122,22 @@ def test_peak_and_operations_are_the_trainers(family, method, checkpointing, tmp
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
-@pytest.mark.parametrize(("checkpointing", "tolerance"), [(False, ROUNDING), (True, CAST_AGAIN)])
+@pytest.mark.parametrize(
+    ("checkpointing", "is_reserved", "tolerance"),
+    [(False, False, ROUNDING), (True, True, CAST_AGAIN), (True, False, CAST_AGAIN_IN_LAYERS)],
+)
 @pytest.mark.parametrize(("family", "method"), [("deepseek_v2", "esft"), ("llama", "full")])
-def test_in_mixed_precision_too(family, method, checkpointing, tolerance, tmp_path):
+def test_in_mixed_precision_too(family, method, checkpointing, is_reserved, tolerance, tmp_path):
     sizes = {"num_hidden_layers": 5, "hidden_size": 64} | ({} if family == "llama" else {"moe_intermediate_size": 32})
     config = _config(method, tmp_path, checkpointing=checkpointing, bf16=True)
     base = tiny_model(family, **sizes)
     skeleton = run_skeleton(config, base.config)
-    trace = trace_step(config, skeleton, BATCH)
-    peak, _ = _measured(base, config, skeleton.selection)
+    trace = trace_step(config, skeleton, BATCH, is_reserved=is_reserved)
+    peak, _ = _measured(base, config, skeleton.selection, is_reserved=is_reserved)
     assert trace.peak_bytes == pytest.approx(peak, rel=tolerance)
     plain = _config(method, tmp_path, checkpointing=checkpointing)
-    assert trace.peak_bytes < 0.95 * trace_step(plain, run_skeleton(plain, base.config), BATCH).peak_bytes
+    in_float32 = trace_step(plain, run_skeleton(plain, base.config), BATCH, is_reserved=is_reserved)
+    assert trace.peak_bytes < (0.95 if is_reserved else 0.97) * in_float32.peak_bytes
 
 
 def test_what_is_left_at_the_end_are_the_gradients(tmp_path):
@@ -202,3 +211,16 @@ def test_segments_are_put_together_in_the_order_of_a_step():
     # 1 + 10 + 20 + 3 + 20, then the head's 50 beside them
     assert trace.peak_bytes == 54 + 50
     assert trace.kept_bytes == 57 - 18 - 18 - 6
+
+
+def test_room_for_logits_that_are_not_written_counts_where_memory_is_reserved(tmp_path):
+    base = tiny_model("llama").config
+    config = _config("lora", tmp_path, checkpointing=False)
+    peaks = [
+        trace_step(config, run_skeleton(config, base), BATCH, is_reserved=is_reserved).peak_bytes
+        for is_reserved in (False, True)
+    ]
+    num_labelled = BATCH.num_rows * round(BATCH.labelled_share * BATCH.num_tokens)
+    unwritten = num_labelled * (32_768 - base.vocab_size) * 4
+    # without them the peak is elsewhere
+    assert 0.9 * unwritten < peaks[1] - peaks[0] <= unwritten

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from metier.config import RunConfig
 from metier.data.encode import IGNORED, Encoded
-from metier.errors import RunError
+from metier.errors import RunError, UnsupportedModelError
+from metier.planning import estimate
 from metier.planning.fit import Budget
 from metier.planning.step import Batch
 from metier.training import foresight as module
@@ -58,6 +59,19 @@ def test_what_was_foreseen_stands_beside_what_was_measured(config):
     # a model of a few hundred kilobytes is nothing beside the process
     assert predicted["peak_memory_bytes"] == pytest.approx(measured["peak_memory_bytes"], rel=0.5)
     assert "foreseen (" in printed.file.getvalue()
+
+
+def test_a_run_whose_step_cannot_be_traced_goes_on_and_says_why_nothing_was_foreseen(config, monkeypatch):
+    def refuse(*_args, **_options):
+        raise UnsupportedModelError("Odd: it has three stacks of layers.")
+
+    monkeypatch.setattr(estimate, "trace_step", refuse)
+    printed = Console(file=StringIO(), width=200)
+    train(config, console=printed)
+    predicted = json.loads((Path(config.output_dir) / "plan.json").read_text())["predicted"]
+    assert predicted["not_traced"] == "Odd: it has three stacks of layers."
+    assert "peak_memory_bytes" not in predicted
+    assert "was not foreseen: Odd: it has three" in printed.file.getvalue()
 
 
 def test_weights_that_do_not_fit_are_refused_before_anything_is_loaded(config, monkeypatch):

@@ -116,7 +116,8 @@ class Estimator:
         batch = batch or Batch(config.per_device_train_batch_size, config.max_length, share)
         if (alike, batch) not in self._traces:
             try:
-                self._traces[alike, batch] = trace_step(alike, run_skeleton(alike, self.base), batch)
+                skeleton = run_skeleton(alike, self.base)
+                self._traces[alike, batch] = trace_step(alike, skeleton, batch, is_reserved=self.has_host)
             except UnsupportedModelError as error:
                 self._traces[alike, batch] = str(error)
         traced = self._traces[alike, batch]

@@ -28,7 +28,7 @@ class Budget:
     host_bytes: int | None
     """None where device and host are one memory."""
     runtime_bytes: int = 0
-    """What the process takes on the device, or on a CPU in all, before there is a model."""
+    """What the process takes on the device, or on a CPU in all, beside the run's tensors."""
 
     def lacking_bytes(self, estimate: Estimate) -> int:
         """By how much a run is too large; 0 where it fits."""

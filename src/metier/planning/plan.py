@@ -13,15 +13,24 @@ import torch
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedConfig
 
 from metier.config import RunConfig
-from metier.errors import ConfigError, MetierError
+from metier.errors import ConfigError, MetierError, UnsupportedModelError
 from metier.memory.memory_limit import held_bytes, memory_limit_bytes
 from metier.models.skeleton import model_config
 from metier.planning.estimate import KINDS, Estimate, Estimator
 from metier.planning.fit import BY_SCORE, Budget, Change, changed, read_bytes, smallest_change
+from metier.planning.kv_cache import KvCache, kv_cache
 
 METHODS = ("esft", "expert_lora", "lora", "meft", "full")
+
+
+WORKSPACE_BYTES = 54 << 20
+"""What training takes on a CPU beside its tensors, whatever its size: code of kernels, their buffers, what is freed and
+not yet given back. The median of benchmarks/results/planner.md, runs that are held out left out."""
+LONG = 32_768
+"""Tokens of the sequence for which the KV cache is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,8 @@ class Plan:
 
     budget: Budget
     rows: tuple[Row, ...]
+    kv_cache: KvCache | None = None
+    """Of the model when it generates; None where its configuration does not say it."""
 
     @property
     def recommended(self) -> Row | None:
@@ -60,6 +71,7 @@ class Plan:
             "host_memory_bytes": self.budget.host_bytes,
             "runtime_bytes": self.budget.runtime_bytes,
             "recommended": self.recommended.config.method if self.recommended else None,
+            "kv_cache": None if self.kv_cache is None else _cache_as_dict(self.kv_cache),
             "runs": [_row_as_dict(row) for row in self.rows],
         }
 
@@ -87,7 +99,7 @@ class Plan:
         memory = f"{size(self.budget.device_bytes)} of memory"
         if self.budget.host_bytes is not None:
             memory = f"{size(self.budget.device_bytes)} on the device, {size(self.budget.host_bytes)} on the host"
-        runtime = f"; {size(self.budget.runtime_bytes)} of it is the process's before there is a model"
+        runtime = f"; {size(self.budget.runtime_bytes)} of it is the process's own"
         return f"{self.rows[0].config.model}: {memory}{runtime if self.budget.runtime_bytes else ''}"
 
     def _remarks(self) -> Iterable[Text]:
@@ -107,6 +119,8 @@ class Plan:
                 yield Text(f"{name} lacks {size(row.lacking_bytes)}; no change that is known here makes it fit.")
             elif row.why_not:
                 yield Text(f"{name}: {row.why_not}")
+        if self.kv_cache is not None:
+            yield Text(_cache_in_words(self.kv_cache))
         said = dict.fromkeys(said for row in self.rows if row.estimate for said in row.estimate.assumptions)
         yield from (Text(f"Assumed: {assumption}", style="dim") for assumption in said)
 
@@ -140,7 +154,33 @@ def plan(
     base = model_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     estimator = Estimator(base, labelled_share=labelled_share, has_host=budget.host_bytes is not None)
     configs = [config] if methods is None else [_as_method(config, method) for method in methods]
-    return Plan(budget, tuple(_row(wanted, budget, estimator, alone=len(configs) == 1) for wanted in configs))
+    rows = tuple(_row(wanted, budget, estimator, alone=len(configs) == 1) for wanted in configs)
+    return Plan(budget, rows, _cache(base, config))
+
+
+def _cache(base: PreTrainedConfig, config: RunConfig) -> KvCache | None:
+    dtype = getattr(base.get_text_config(), "dtype", None) if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        return kv_cache(base, dtype=dtype or torch.float32)
+    except UnsupportedModelError:
+        return None
+
+
+def _cache_as_dict(cache: KvCache) -> dict[str, int]:
+    return {
+        "token_bytes": cache.token_bytes,
+        "long_token_bytes": cache.long_token_bytes,
+        f"bytes_at_{LONG}_tokens": cache.bytes_for(LONG),
+    }
+
+
+def _cache_in_words(cache: KvCache) -> str:
+    """Of every method alike: none that `metier plan` knows makes a sequence longer."""
+    kinds = ", ".join(dict.fromkeys(str(layer) for layer in cache.layers))
+    return (
+        f"When it generates, whatever the method, the KV cache ({kinds}) takes {size(cache.token_bytes)} a token, "
+        f"{size(cache.bytes_for(LONG))} for a sequence of {LONG:,}."
+    )
 
 
 def _row(config: RunConfig, budget: Budget, estimator: Estimator, *, alone: bool) -> Row:
@@ -172,7 +212,7 @@ def machine_budget(device_memory: str | None = None, host_memory: str | None = N
     if host is None and has_device:
         host = memory_limit_bytes()
     # on a device the runtime's share is not known here
-    return Budget(device, host, 0 if host is not None else held_bytes())
+    return Budget(device, host, 0 if host is not None else held_bytes() + WORKSPACE_BYTES)
 
 
 def _as_method(config: RunConfig, method: str) -> RunConfig:

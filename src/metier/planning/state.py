@@ -103,7 +103,7 @@ class TrainingPlan:
     def save(
         self,
         path: Path,
-        foreseen: Mapping[str, float | None] | None = None,
+        foreseen: Mapping[str, float | str] | None = None,
         measured: Mapping[str, float | None] | None = None,
     ) -> None:
         """Write plan.json: what was known before the run, and beside it what was measured.

@@ -18,7 +18,7 @@ from metier.memory.allocator import give_back_what_is_free
 from metier.methods.wrap import selects_experts
 from metier.planning.estimate import Estimate, Estimator
 from metier.planning.fit import changed, smallest_change
-from metier.planning.plan import machine_budget, size
+from metier.planning.plan import WORKSPACE_BYTES, machine_budget, size
 from metier.planning.step import Batch
 from metier.training.callbacks import peak_memory_bytes, reset_peak_memory
 
@@ -43,7 +43,7 @@ class Foresight:
         reset_peak_memory()
         self.budget = machine_budget()
         # where there is one memory it is the process's that is measured
-        self._held_bytes = 0 if torch.cuda.is_available() else peak_memory_bytes()
+        self._own_bytes = 0 if torch.cuda.is_available() else peak_memory_bytes() + WORKSPACE_BYTES
         self._estimator = Estimator(base, has_host=self.budget.host_bytes is not None)
 
     def before_loading(self) -> None:
@@ -55,8 +55,8 @@ class Foresight:
         if not self.force:
             self._check(self._estimator.without_activations(_at_least(self.config)))
 
-    def before_training(self, items: Sequence[Item], selection: Path | None) -> dict[str, float]:
-        """What the largest batch will take, for plan.json; nothing where that cannot be said.
+    def before_training(self, items: Sequence[Item], selection: Path | None) -> dict[str, float | str]:
+        """What the largest batch will take, for plan.json; where that cannot be said, why not.
 
         Args:
             items: the records that are trained on.
@@ -67,12 +67,12 @@ class Foresight:
         """
         found = self._estimator(_with_selection(self.config, selection), largest_batch(items, self.config))
         if found.trace is None:
-            return {}
+            return {"not_traced": found.why_not_traced}
         if not self.force:
             self._check(found, may_be_wrong=OVER_PREDICTED)
         return {
             "activation_bytes": found.device_bytes["activations"],
-            "peak_memory_bytes": found.total_device_bytes + found.host_bytes + self._held_bytes,
+            "peak_memory_bytes": found.total_device_bytes + found.host_bytes + self._own_bytes,
             "forward_flops": found.trace.flops("forward"),
             "backward_flops": found.trace.flops("backward"),
         }

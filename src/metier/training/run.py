@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,11 +143,16 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
     shutil.rmtree(folder.rows, ignore_errors=True)
     plan.save(folder.plan, foreseen, {"train_seconds": seconds, "peak_memory_bytes": peak})
     write_run_report(folder, config, selection, num_parameters=plan.num_trained + plan.num_frozen)
-    if "peak_memory_bytes" in foreseen:
-        wrong = foreseen["peak_memory_bytes"] / peak - 1
-        console.print(f"Peak memory {size(peak)}, {size(int(foreseen['peak_memory_bytes']))} foreseen ({wrong:+.1%})")
+    console.print(_peak_beside_foreseen(peak, foreseen))
     console.print(f"Trained in {seconds:.0f} s; the delta is {folder.adapter}, the report {folder.report}")
     return RunResult(folder.root, model, loaded.tokenizer, plan, selection, seconds, peak)
+
+
+def _peak_beside_foreseen(peak: int, foreseen: Mapping[str, float | str]) -> str:
+    if "peak_memory_bytes" not in foreseen:
+        return f"Peak memory {size(peak)}; what it would be was not foreseen: {foreseen['not_traced']}"
+    expected = int(foreseen["peak_memory_bytes"])
+    return f"Peak memory {size(peak)}, {size(expected)} foreseen ({expected / peak - 1:+.1%})"
 
 
 def load_base(config: RunConfig) -> LoadedModel:
