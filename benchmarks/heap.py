@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -28,7 +25,11 @@ CELLS = (
     planner.Cell("olmoe", "full", 4, 512, True),
     planner.Cell("embedded", "esft-8", 4, 512, False),
 )
-WAYS = {"as glibc has it": {}, "giving back": {}, "every block mapped": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
+WAYS: dict[str, dict[str, str]] = {
+    "as glibc has it": {},
+    "giving back": {},
+    "every block mapped": {"MALLOC_MMAP_THRESHOLD_": "65536"},
+}
 
 
 def measure(way: str, cell: planner.Cell) -> dict[str, Any]:
@@ -37,16 +38,6 @@ def measure(way: str, cell: planner.Cell) -> dict[str, Any]:
 
         give_back.is_left_alone = lambda: True
     return planner.measure(cell)
-
-
-def in_a_process(way: str, cell: planner.Cell) -> dict[str, Any]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")} | WAYS[way]
-    command = [sys.executable, __file__, "--one", json.dumps([way, asdict(cell)])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def main() -> None:
@@ -64,7 +55,8 @@ def main() -> None:
         found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         for _ in range(given.repeats):
             for way in WAYS:
-                found[way].append(in_a_process(way, cell))
+                command = [__file__, "--one", json.dumps([way, asdict(cell)])]
+                found[way].append(planner.in_a_process(command, **WAYS[way]))
         predicted = planner.predict(cell, estimators)
         tensors = predicted["predicted_bytes"] - predicted["predicted"]["workspace"]
         plain = median(one["step_seconds"] for one in found["as glibc has it"])

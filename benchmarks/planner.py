@@ -14,7 +14,6 @@ their names, is not looked at while the planner is worked on. Each finished run 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import hashlib
 import json
@@ -117,6 +116,7 @@ def base_config(family: str) -> Any:
 
 def measure(cell: Cell) -> dict[str, Any]:
     """Train, in this process, and say what it took."""
+    from metier.memory.allocator import give_back_what_is_free
     from metier.training.callbacks import peak_memory_bytes, reset_peak_memory
 
     base = base_config(cell.family)
@@ -124,7 +124,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     small.num_hidden_layers = 2
     _train(Cell(cell.family, cell.method, 1, 32, cell.checkpointing), small)
     # what was freed is the system's again, so that nothing of the run is hidden in it
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back_what_is_free()
     reset_peak_memory()
     before = peak_memory_bytes()
     seconds = _train(cell, base)
@@ -190,24 +190,28 @@ def predict(cell: Cell, estimators: dict[str, Any]) -> dict[str, Any]:
     return {"predicted_bytes": sum(predicted.values()), "predicted": predicted}
 
 
+def in_a_process(command: list[str], **variables: str) -> dict[str, Any]:
+    """What a script prints as its last line, run as a user starts it: glibc as it is, but for `variables`."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")} | variables
+    child = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+    if child.returncode:
+        raise SystemExit(f"{' '.join(command)}: {child.stderr}")
+    found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return found
+
+
 def run(minutes: float) -> bool:
     """Whether the grid is complete."""
     done = {line["name"] for line in _lines()}
     until = time.monotonic() + 60 * minutes
     estimators: dict[str, Any] = {}
-    # a run as a user starts it: glibc as it is
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
     # in an order of no meaning, so that a part of the grid stands for all of it
     for cell in sorted(cells(), key=lambda cell: hashlib.sha256(f"order of {cell.name}".encode()).digest()):
         if cell.name in done:
             continue
         if time.monotonic() > until:
             return False
-        command = [sys.executable, __file__, "measure", json.dumps(asdict(cell))]
-        child = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if child.returncode:
-            raise SystemExit(f"{cell.name}: {child.stderr}")
-        measured = json.loads(child.stdout.splitlines()[-1])
+        measured = in_a_process([__file__, "measure", json.dumps(asdict(cell))])
         line = {
             "name": cell.name,
             **asdict(cell),

@@ -68,6 +68,16 @@ def test_a_models_name_stays_text(made: Plan, tmp_path: Path) -> None:
     assert "script" not in {name for name, _ in page.elements}
 
 
+def test_a_run_whose_activations_are_not_known_says_so(made: Plan, tmp_path: Path) -> None:
+    row = made.rows[0]
+    assert row.estimate is not None
+    untraced = dataclasses.replace(row, estimate=dataclasses.replace(row.estimate, trace=None), why_not="three stacks")
+    save_chart(dataclasses.replace(made, rows=(untraced,)), tmp_path / "plan.html")
+    page = Page((tmp_path / "plan.html").read_text(encoding="utf-8"))
+    assert "esft, no activations" in page.words
+    assert "esft: three stacks" in page.words
+
+
 def test_another_ending_is_refused_before_anything_is_planned(folder: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["plan", "--model", str(folder), "--chart", str(tmp_path / "plan.pdf")])
     assert done.exit_code != 0

@@ -53,7 +53,7 @@ def test_it_looks_in_every_layer_both_ways_and_gives_back_where_the_policy_says_
 
         def should_give_back(self, held_bytes: int, peak_bytes: int) -> bool:
             looked[-1] += 1
-            assert 0 < held_bytes <= 1.01 * peak_bytes
+            assert 100 << 20 < held_bytes <= 1.01 * peak_bytes
             return looked[-1] == 3
 
     monkeypatch.setattr(module, "HeapPolicy", Seen)
@@ -74,3 +74,27 @@ def test_it_looks_in_every_layer_both_ways_and_gives_back_where_the_policy_says_
     assert not any(looked)
     for name, value in expected.items():
         assert torch.equal(trained[name], value), name
+
+
+def test_an_evaluation_comes_to_the_places_of_a_step(
+    configure: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies = []
+
+    class Seen(module.HeapPolicy):
+        def __init__(self) -> None:
+            super().__init__()
+            policies.append(self)
+
+    monkeypatch.setattr(module, "HeapPolicy", Seen)
+    config = configure(method="full", max_steps=4)
+    model = wrap(tiny_model("deepseek_v2"), config, None)
+    trainer = make_trainer(model, tiny_tokenizer(), ITEMS, config, tmp_path, eval_items=ITEMS, callbacks=[])
+    trainer.args.eval_strategy = trainer.args.eval_strategy.__class__("steps")
+    trainer.args.eval_steps = 1
+    trainer.train()
+    parts = [part for stack in module.layer_stacks(model) for part in stack.modules()]
+    num_parts = sum(next(part.parameters(), None) is not None for part in parts)
+    (policy,) = policies
+    # forward and backward, the optimizer, and the first batch of an evaluation, which follows a step
+    assert len(policy._growth) <= 3 * num_parts + 1

@@ -26,14 +26,6 @@ def held_bytes() -> int:
     return (resident - in_files) * mmap.PAGESIZE
 
 
-def resident_bytes() -> int:
-    """What the process holds, pages of files included; 0 where nobody can tell."""
-    try:
-        return int(_MEMORY.read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
-    except OSError:
-        return 0
-
-
 def _physical_bytes() -> int:
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return 8 << 30

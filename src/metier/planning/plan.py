@@ -48,6 +48,13 @@ class Row:
     def fits(self) -> bool:
         return self.estimate is not None and self.estimate.trace is not None and not self.lacking_bytes
 
+    @property
+    def verdict(self) -> str:
+        """Whether it fits, in a word or two."""
+        if self.fits:
+            return "yes"
+        return "no" if self.lacking_bytes or self.estimate is None else "not known"
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -63,6 +70,11 @@ class Plan:
         """Of those that fit, the method with the highest score where we measured."""
         fitting = sorted((r for r in self.rows if r.fits), key=lambda row: BY_SCORE.index(row.config.method))
         return fitting[0] if fitting else None
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """Of all runs, each once."""
+        return tuple(dict.fromkeys(said for row in self.rows if row.estimate for said in row.estimate.assumptions))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -121,8 +133,7 @@ class Plan:
                 yield Text(f"{name}: {row.why_not}")
         if self.kv_cache is not None:
             yield Text(_cache_in_words(self.kv_cache))
-        said = dict.fromkeys(said for row in self.rows if row.estimate for said in row.estimate.assumptions)
-        yield from (Text(f"Assumed: {assumption}", style="dim") for assumption in said)
+        yield from (Text(f"Assumed: {assumption}", style="dim") for assumption in self.assumptions)
 
 
 def plan(
@@ -234,9 +245,8 @@ _LINES = ("trained", *KINDS, "device", "host", "disk", "delta", "TFLOPs", "fits"
 def _cells(row: Row) -> list[str]:
     found = row.estimate
     if found is None:
-        return [*["–"] * (len(_LINES) - 1), "no"]
+        return [*["–"] * (len(_LINES) - 1), row.verdict]
     trace = found.trace
-    verdict = "not known" if trace is None and not row.lacking_bytes else "yes" if row.fits else "no"
     return [
         count(found.state.num_trained),
         *("–" if kind == "activations" and trace is None else size(found.device_bytes[kind]) for kind in KINDS),
@@ -245,7 +255,7 @@ def _cells(row: Row) -> list[str]:
         size(found.disk_bytes),
         size(found.delta_bytes),
         "–" if trace is None else f"{(trace.flops('forward') + trace.flops('backward')) / 1e12:,.3g}",
-        verdict,
+        row.verdict,
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from metier import __version__
@@ -11,6 +12,7 @@ from metier.planning.plan import Plan, Row, count, size
 from metier.reports.blocks import section, table
 from metier.reports.html import page
 from metier.reports.markup import Markup, join, tag
+from metier.reports.plots import legend_key
 
 PROCESS, HOST = "process", "host"
 COLORS = {
@@ -24,7 +26,9 @@ COLORS = {
     HOST: "#7a3fa0",
 }
 """Apart for the colour-blind; the order is that of the bars, from the left."""
-_WIDTH, _BAR, _GAP, _LEFT, _RIGHT = 720, 26, 14, 110, 90
+_WIDTH, _BAR, _GAP, _LEFT, _RIGHT = 720, 26, 14, 170, 90
+Parts = dict[str, int]
+"""Bytes by kind, in the order of `COLORS`."""
 
 
 def save_chart(plan: Plan, path: Path) -> None:
@@ -56,7 +60,7 @@ def check_chart(path: Path) -> None:
         raise ConfigError(f"chart: got {str(path)!r}, expected a file that ends in .png or .html.")
 
 
-def _parts(plan: Plan, row: Row) -> dict[str, int]:
+def _parts(plan: Plan, row: Row) -> Parts:
     assert row.estimate is not None, "asked for only where bytes are known"
     estimate = row.estimate
     parts = {
@@ -64,56 +68,70 @@ def _parts(plan: Plan, row: Row) -> dict[str, int]:
         **{kind: estimate.device_bytes[kind] for kind in KINDS},
         HOST: estimate.host_bytes,
     }
-    return {kind: num_bytes for kind, num_bytes in parts.items() if num_bytes}
+    return {kind: parts[kind] for kind in COLORS if parts[kind]}
 
 
-def _limit(plan: Plan) -> tuple[str, int]:
-    if plan.budget.host_bytes is None:
-        return "memory", plan.budget.device_bytes
-    return "device", plan.budget.device_bytes
+def _spans(parts: Parts) -> Iterator[tuple[str, int, int]]:
+    """Each kind with where it begins and how long it is."""
+    start = 0
+    for kind, num_bytes in parts.items():
+        yield kind, start, num_bytes
+        start += num_bytes
+
+
+def _name(row: Row) -> str:
+    assert row.estimate is not None, "asked for only where bytes are known"
+    return row.config.method if row.estimate.trace is not None else f"{row.config.method}, no activations"
+
+
+def _limit(plan: Plan, bars: list[tuple[Row, Parts]]) -> int | None:
+    """Memory that there is, where it would not dwarf the bars."""
+    most = max(sum(parts.values()) for _, parts in bars)
+    return plan.budget.device_bytes if plan.budget.device_bytes <= 1.5 * most else None
+
+
+def _limit_name(plan: Plan) -> str:
+    return "memory" if plan.budget.host_bytes is None else "device"
 
 
 def _title(plan: Plan) -> str:
     return f"{plan.rows[0].config.model}: memory at the peak of a step"
 
 
-def _save_picture(plan: Plan, bars: list[tuple[Row, dict[str, int]]], path: Path) -> None:
+def _save_picture(plan: Plan, bars: list[tuple[Row, Parts]], path: Path) -> None:
+    from matplotlib.artist import Artist
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     figure = Figure(figsize=(9, 1.6 + 0.5 * len(bars)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    names = [row.config.method for row, _ in bars]
-    for kind, color in COLORS.items():
-        lefts = [sum(n for k, n in parts.items() if _is_before(k, kind)) / 2**30 for _, parts in bars]
-        widths = [parts.get(kind, 0) / 2**30 for _, parts in bars]
-        if any(widths):
-            axes.barh(names, widths, left=lefts, color=color, label=kind)
-    name, limit = _limit(plan)
-    most = max(sum(parts.values()) for _, parts in bars)
-    if limit <= 1.5 * most:
-        axes.axvline(limit / 2**30, color="black", linewidth=1, linestyle="--", label=name)
+    for row, parts in bars:
+        for kind, start, num_bytes in _spans(parts):
+            axes.barh(_name(row), num_bytes / 2**30, left=start / 2**30, color=COLORS[kind])
+    keys: list[Artist] = [Patch(color=COLORS[kind], label=kind) for kind in _shown(bars)]
+    limit = _limit(plan, bars)
+    if limit is not None:
+        line = axes.axvline(limit / 2**30, color="black", linewidth=1, linestyle="--", label=_limit_name(plan))
+        keys.append(line)
     axes.invert_yaxis()
     axes.set(xlabel="GiB", title=_title(plan))
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.legend(handles=keys, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=120)
 
 
-def _is_before(kind: str, other: str) -> bool:
-    order = list(COLORS)
-    return order.index(kind) < order.index(other)
+def _shown(bars: list[tuple[Row, Parts]]) -> list[str]:
+    return [kind for kind in COLORS if any(kind in parts for _, parts in bars)]
 
 
-def _page(plan: Plan, bars: list[tuple[Row, dict[str, int]]]) -> str:
-    name, limit = _limit(plan)
-    said = dict.fromkeys(said for row, _ in bars if row.estimate for said in row.estimate.assumptions)
-    shown = [kind for kind in COLORS if any(kind in parts for _, parts in bars)]
+def _page(plan: Plan, bars: list[tuple[Row, Parts]]) -> str:
+    shown = _shown(bars)
     head = ["method", "fits", *shown, "in all", "trained", "delta"]
     body = [
         [
             row.config.method,
-            "yes" if row.fits else "no" if row.lacking_bytes else "not known",
+            row.verdict,
             *(size(parts.get(kind, 0)) for kind in shown),
             size(sum(parts.values())),
             count(row.estimate.state.num_trained) if row.estimate else "",
@@ -121,7 +139,7 @@ def _page(plan: Plan, bars: list[tuple[Row, dict[str, int]]]) -> str:
         ]
         for row, parts in bars
     ]
-    left_out = [tag("p", f"{row.config.method}: {row.why_not}") for row in plan.rows if row.estimate is None]
+    reasons = [tag("p", f"{row.config.method}: {row.why_not}") for row in plan.rows if row.why_not]
     changes = [tag("p", f"{row.config.method} fits with {row.change}.") for row, _ in bars if row.change is not None]
     best = plan.recommended
     content = join(
@@ -129,41 +147,36 @@ def _page(plan: Plan, bars: list[tuple[Row, dict[str, int]]]) -> str:
             tag("header", tag("p", "metier", class_="wordmark"), tag("h1", _title(plan))),
             section(
                 "Bytes by kind",
-                tag("figure", _legend(shown), _bars(bars, name, limit)),
+                tag("figure", _legend(shown), _bars(plan, bars)),
                 lead=None if best is None else f"{best.config.method} had the highest score of what fits.",
             ),
-            section("In numbers", table(head, body), *changes, *left_out),
-            section("Assumed", *(tag("p", sentence) for sentence in said)) if said else None,
+            section("In numbers", table(head, body), *changes, *reasons),
+            section("Assumed", *(tag("p", said) for said in plan.assumptions)) if plan.assumptions else None,
         )
     )
     return page(_title(plan), content, version=__version__, note="Foreseen from the configuration alone.")
 
 
 def _legend(shown: list[str]) -> Markup:
-    keys = [tag("span", tag("b", "■ ", style=f"color:{COLORS[kind]}"), f"{kind} ") for kind in shown]
-    return tag("div", *keys, class_="legend")
+    return tag("div", *(legend_key(kind, COLORS[kind]) for kind in shown), class_="legend")
 
 
-def _bars(bars: list[tuple[Row, dict[str, int]]], name: str, limit: int) -> Markup:
-    most = max(sum(parts.values()) for _, parts in bars)
-    has_limit = limit <= 1.5 * most
-    scale = (_WIDTH - _LEFT - _RIGHT) / (max(most, limit) if has_limit else most)
+def _bars(plan: Plan, bars: list[tuple[Row, Parts]]) -> Markup:
+    limit = _limit(plan, bars)
+    scale = (_WIDTH - _LEFT - _RIGHT) / max(limit or 0, *(sum(parts.values()) for _, parts in bars))
     height = (_BAR + _GAP) * len(bars) + 2 * _GAP
     marks: list[Markup] = []
     for number, (row, parts) in enumerate(bars):
-        top, x = _GAP + number * (_BAR + _GAP), float(_LEFT)
-        marks.append(tag("text", row.config.method, x=_LEFT - 8, y=top + 18, text_anchor="end"))
-        for kind in (kind for kind in COLORS if kind in parts):
-            width = parts[kind] * scale
-            marks.append(
-                tag("rect", x=f"{x:.1f}", y=top, width=f"{width:.1f}", height=_BAR, style=f"fill:{COLORS[kind]}")
-            )
-            x += width
-        marks.append(tag("text", size(sum(parts.values())), x=f"{x + 6:.1f}", y=top + 18))
-    if has_limit:
-        x = _LEFT + limit * scale
-        style = "stroke:currentColor;stroke-dasharray:4"
-        marks.append(tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=0, y2=height - _GAP, style=style))
-        marks.append(tag("text", f"{size(limit)} of {name}", x=f"{x:.1f}", y=height - 2, text_anchor="middle"))
+        top, total = _GAP + number * (_BAR + _GAP), sum(parts.values())
+        marks.append(tag("text", _name(row), x=_LEFT - 8, y=top + 18, text_anchor="end"))
+        for kind, start, num_bytes in _spans(parts):
+            x, width, style = f"{_LEFT + start * scale:.1f}", f"{num_bytes * scale:.1f}", f"fill:{COLORS[kind]}"
+            marks.append(tag("rect", x=x, y=top, width=width, height=_BAR, style=style))
+        marks.append(tag("text", size(total), x=f"{_LEFT + total * scale + 6:.1f}", y=top + 18))
+    if limit is not None:
+        x, style = f"{_LEFT + limit * scale:.1f}", "stroke:currentColor;stroke-dasharray:4"
+        marks.append(tag("line", x1=x, x2=x, y1=0, y2=height - _GAP, style=style))
+        named = f"{size(limit)} of {_limit_name(plan)}"
+        marks.append(tag("text", named, x=x, y=height - 2, text_anchor="middle"))
     label = f"Memory by kind of {len(bars)} methods"
     return tag("svg", *marks, viewBox=f"0 0 {_WIDTH} {height}", role="img", aria_label=label, class_="chart")

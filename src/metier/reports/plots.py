@@ -123,17 +123,14 @@ def line_chart(lines: Sequence[Line], *, x_title: str, y_title: str, label: str)
         )
         for line in drawn
     ]
-    keys = [
-        tag(
-            "span",
-            tag("i", class_=f"swatch {line.kind}", style=f"color:{line.color}"),
-            line.name,
-            class_="key",
-        )
-        for line in drawn
-        if line.kind != "faint"
-    ]
+    keys = [legend_key(line.name, line.color, line.kind) for line in drawn if line.kind != "faint"]
     return tag("figure", tag("div", *keys, class_="legend"), _svg(label, axes.frame(x_title, y_title), *paths))
+
+
+def legend_key(name: str, color: str, kind: str = "") -> Markup:
+    """A name beside a stroke of its color."""
+    swatch = tag("i", class_=f"swatch {kind}", style=f"color:{color}")
+    return tag("span", swatch, name, class_="key")
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+from metier.memory.process_memory import ProcessMemory
+
+_CLEAR = Path("/proc/self/clear_refs")
 
 
 def reset_peak_memory() -> None:
@@ -32,9 +35,9 @@ def peak_memory_bytes() -> int:
     """Most memory held since the last reset: of the accelerator where there is one, else by this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    if _STATUS.exists():
-        (line,) = (line for line in _STATUS.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+    if ProcessMemory.is_known():
+        with closing(ProcessMemory()) as memory:
+            return memory.held_and_peak_bytes()[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
