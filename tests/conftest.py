@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# what is measured while other tests run is nothing to keep
+os.environ["METIER_CACHE"] = tempfile.mkdtemp(prefix="metier-cache-")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # one of several processes, which would be in each other's way; before torch is imported
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -241,15 +241,29 @@ def plan(
     labelled_share: Annotated[float, typer.Option(help="Of a batch's tokens, those that have a loss.")] = 0.5,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as JSON, too.")] = None,
     chart: Annotated[Path | None, typer.Option(help="Draw memory by kind: a .png or .html file.")] = None,
+    device: Annotated[str | None, typer.Option(help="An accelerator to plan for, such as rtx-4090.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Folder of a routing profile of the data.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine anew, and learn from the runs in --runs.")
+    ] = False,
+    runs: Annotated[Path, typer.Option(help="Folder of former runs, for --calibrate.")] = Path("runs"),
 ) -> None:
     """Say what a run will take before it starts, from the model's configuration alone.
 
-    A config.json, or a folder with one, is enough for --model; no data are read.
+    A config.json, or a folder with one, is enough for --model; no data are read. With --calibrate alone nothing is
+    planned.
     """
+    if calibrate:
+        from metier.planning.learning import calibrate as learn_anew
+
+        _print(learn_anew(runs))
+        if run is None and not context.args:
+            return
     config = _run_config(context, run, not_needed={"dataset": "-", "output_dir": "-"})
     from metier.planning.plan import METHODS
     from metier.planning.plan import plan as plan_runs
     from metier.reports.plan import check_chart, save_chart
+    from metier.routing.routing_profile import RoutingProfile
 
     if chart is not None:
         check_chart(chart)
@@ -260,6 +274,8 @@ def plan(
         device_memory=device_memory,
         host_memory=host_memory,
         labelled_share=labelled_share,
+        device=device,
+        profile=None if profile is None else RoutingProfile.load(profile),
     )
     _print(made)
     if output is not None:

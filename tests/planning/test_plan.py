@@ -15,11 +15,14 @@ from typer.testing import CliRunner
 from metier.cli import app
 from metier.config import RunConfig
 from metier.errors import ConfigError, ModelError, UnsupportedModelError
-from metier.planning import plan as module
+from metier.planning import budget
+from metier.planning.clock import clock_here
 from metier.planning.estimate import KINDS, Estimator
 from metier.planning.fit import Budget, changed, read_bytes, smallest_change
 from metier.planning.kv_cache import kv_cache
-from metier.planning.plan import METHODS, count, plan, size
+from metier.planning.machine import fingerprint
+from metier.planning.plan import METHODS, Plan, plan
+from metier.planning.spelling import count, duration, size
 from tiny_models import tiny_model
 
 MIB = 1 << 20
@@ -256,17 +259,17 @@ def test_a_model_whose_cache_is_not_known_has_none(base, monkeypatch):
     def refuse(*_args, **_options):
         raise UnsupportedModelError("no keys")
 
-    monkeypatch.setattr(module, "kv_cache", refuse)
+    monkeypatch.setattr("metier.planning.plan.kv_cache", refuse)
     made = plan(_run(base), device_memory="8GiB")
     assert made.as_dict()["kv_cache"] is None
     assert "KV cache" not in _text(made)
 
 
 def test_memory_that_is_not_given_is_this_machines(base, monkeypatch):
-    monkeypatch.setattr(module, "memory_limit_bytes", lambda: 123 * MIB)
-    monkeypatch.setattr(module, "held_bytes", lambda: 3 * MIB)
-    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
-    assert plan(_run(base)).budget == Budget(123 * MIB, None, 3 * MIB + module.WORKSPACE_BYTES)
+    monkeypatch.setattr(budget, "memory_limit_bytes", lambda: 123 * MIB)
+    monkeypatch.setattr(budget, "held_bytes", lambda: 3 * MIB)
+    monkeypatch.setattr(budget.torch.cuda, "is_available", lambda: False)
+    assert plan(_run(base)).budget == Budget(123 * MIB, None, 3 * MIB + budget.WORKSPACE_BYTES)
     assert plan(_run(base), device_memory="1GiB", host_memory="2GiB").budget == Budget(1 << 30, 2 << 30, 0)
 
 
@@ -288,3 +291,115 @@ def _text(made: object) -> str:
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(made)
     return console.export_text()
+
+
+def _as_text(made: Plan) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(made)
+    return console.file.getvalue()
+
+
+def test_seconds_of_a_step_and_of_all_and_what_they_go_to_are_shown(base):
+    made = plan(_run(base, max_steps=600), methods=["esft", "full"])
+    assert all(row.time is not None and row.time.seconds > 0 for row in made.rows)
+    run = made.as_dict()["runs"][0]
+    assert run["step_seconds"] == made.rows[0].time.seconds
+    assert sum(run["seconds_by_part"].values()) == pytest.approx(run["step_seconds"])
+    shown = _as_text(made)
+    assert "│ step" in shown
+    assert "│ in all" in shown
+    assert "What most of a step's time goes to: esft" in shown
+    assert made.rows[0].time.bottleneck in shown
+
+
+def test_another_device_has_its_own_seconds_and_memory(base):
+    made = plan(_run(base), device="rtx-4090")
+    assert made.budget.device_bytes == 24 << 30
+    assert made.budget.host_bytes is not None
+    assert made.budget.runtime_bytes == 0
+    slower = plan(_run(base), device="t4")
+    assert slower.rows[0].time.parts["products"] > made.rows[0].time.parts["products"] > 0
+    assert plan(_run(base), device="t4", device_memory="1GiB").budget.device_bytes == 1 << 30
+    with pytest.raises(ConfigError, match="device: got 'voodoo'"):
+        plan(_run(base), device="voodoo")
+
+
+def test_without_a_name_nothing_is_said_of_a_devices_seconds(base):
+    made = plan(_run(base), device_memory="24GiB", host_memory="64GiB")
+    assert made.rows[0].time is None
+    assert "Seconds are not known: what computes is not this machine's CPU" in _as_text(made)
+    assert made.as_dict()["not_timed"]
+    assert "step_seconds" not in made.as_dict()["runs"][0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.01234, "0.0123 s"), (59.4, "59.4 s"), (90, "1.5 min"), (3599, "1 h 00 min"), (7260, "2 h 01 min")],
+)
+def test_times_are_short(seconds, shown):
+    assert duration(seconds) == shown
+
+
+def test_calibrating_learns_from_runs_and_plans_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("METIER_CACHE", str(tmp_path / "cache"))
+    done = CliRunner().invoke(app, ["plan", "--calibrate", "--runs", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "measured anew" in done.output
+    assert "no run of this machine says both" in " ".join(done.output.split())
+    predicted = {"step_seconds": 2.7, "operation_seconds": 2.0, "in_a_step": 1.1, "peak_memory_bytes": 100 * MIB}
+    predicted |= {"workspace_bytes": 0, "machine": fingerprint(), "bottleneck": "products"}
+    written = {"predicted": predicted, "measured": {"step_seconds": 3.5, "peak_memory_bytes": 133 * MIB}}
+    (tmp_path / "plan.json").write_text(json.dumps(written))
+    done = CliRunner().invoke(app, ["plan", "--calibrate", "--runs", str(tmp_path)])
+    assert "operations take 1.50 times as long" in " ".join(done.output.split())
+    assert budget.workspace_bytes() == 33 * MIB
+    clock = clock_here(tmp_path)
+    assert clock.in_a_step == pytest.approx(1.5)
+
+
+def test_calibrating_before_a_plan_measures_anew(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("METIER_CACHE", str(tmp_path / "cache"))
+    plan(_run(base))
+    (kept,) = (tmp_path / "cache").iterdir()
+    old = json.loads(kept.read_text())
+    options = ["--model", str(base), "--calibrate", "--runs", str(tmp_path), "--max-length", "64"]
+    done = CliRunner().invoke(app, ["plan", *options])
+    assert done.exit_code == 0, done.output
+    assert "at the peak" in done.output
+    new = json.loads(kept.read_text())
+    assert new["multiples"].keys() & old["multiples"].keys()
+    assert new["reference_seconds"] != old["reference_seconds"]
+
+
+def test_a_delta_that_merges_costs_nothing_at_inference_and_a_sparse_adapter_its_rows(base):
+    found = _estimator(base)
+    assert found(_run(base)).added_at_inference == 0
+    sparse = found(_run(base, method="meft", meft_r=64, select_top_k=None))
+    without = found(_run(base, method="full", select_top_k=None))
+    adapter = sparse.trace.flops("forward") - without.trace.flops("forward")
+    # rows that fire are not multiplied one by one, but with all others of their Key-Expert
+    assert 0.3 < sparse.added_at_inference / (adapter / without.trace.flops("forward")) < 1.5
+
+
+def test_what_fits_beside_each_other_when_serving_is_said(base):
+    shown = " ".join(_as_text(plan(_run(base), device="t4")).split())
+    assert "Serving on it, the base takes " in shown
+    cache = kv_cache(tiny_model("deepseek_v2").config, dtype=torch.float32)
+    state = _estimator(base)(_run(base)).state
+    fitting = cache.num_sequences_that_fit(16 << 30, 32_768, weights_bytes=state.base_bytes)
+    assert f"leaves room for {fitting:,} such sequences, or for one and " in shown
+
+
+@pytest.mark.parametrize(
+    ("store", "has_host", "kept"),
+    [("device", False, 1), ("host", False, 1), ("disk", False, 0), ("host", True, 1), ("disk", True, 1)],
+)
+def test_the_room_of_rows_gradients_stays_from_step_to_step(base, store, has_host, kept):
+    found = Estimator(tiny_model("deepseek_v2").config, has_host=has_host)
+    config = _run(base, method="meft", meft_r=64, meft_store=store, select_top_k=None)
+    one = found(config)
+    of_rows = kept * one.state.row_bytes
+    # what else there is of gradients is that of the routers, of layers that the backward pass has behind it
+    assert of_rows <= one.device_bytes["gradients"] <= of_rows + one.state.gradient_bytes - one.state.row_bytes
+    often = found(changed(config, {"gradient_accumulation_steps": 2}))
+    assert often.device_bytes["gradients"] == often.state.gradient_bytes - (1 - kept) * one.state.row_bytes

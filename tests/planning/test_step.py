@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from metier.config import RunConfig
 from metier.data.encode import Encoded
 from metier.errors import UnsupportedModelError
+from metier.memory.step_gradients import step_gradients_of
 from metier.methods.meft import MeftLayer
 from metier.methods.wrap import wrap
 from metier.models.moe import is_dense, moe_layers
@@ -73,11 +74,13 @@ def _measured(
         if hasattr(model, "peft_config"):
             model.enable_input_require_grads()
     inputs = next(iter(trainer.get_train_dataloader()))
-    module._route([] if is_dense(model) else moe_layers(model), BATCH, 0)
+    module._route([] if is_dense(model) else moe_layers(model), BATCH, {}, 0)
     trainer.current_gradient_accumulation_steps = 1
     tracer = Tracer(None)
     rows = [s.rows_NMWD for m in model.modules() if isinstance(m, MeftLayer) for s in m.stores.values()]
-    for tensor in (*model.parameters(), *model.buffers(), *rows):
+    gradients = [step_gradients_of(p) for p in model.parameters()]
+    room = [one.reserve(torch.device("cpu")) for one in gradients if one is not None]
+    for tensor in (*model.parameters(), *model.buffers(), *rows, *room):
         tracer.memory.known(tensor)
     with tracer, nullcontext() if is_reserved else columns_that_are_written(base):
         trainer.training_step(
@@ -181,7 +184,7 @@ def test_many_layers_are_traced_as_fast_as_few(tmp_path):
         for n in (8, 108)
     )
     assert len(set(many.stands_for)) == len(set(few.stands_for)) == 4
-    a_layer = few.segments[-3].flops
+    a_layer = few.segments[-3].operations.flops
     assert many.flops("backward") - few.flops("backward") == 100 * a_layer
 
 
@@ -204,7 +207,7 @@ def test_a_model_whose_code_wants_numbers_is_said_to_be_untraceable(tmp_path, mo
 
 def test_segments_are_put_together_in_the_order_of_a_step():
     def segment(phase: str, layer: int | None, kept: int, peak: int) -> Segment:
-        return Segment(phase, layer, kept, peak, flops=kept, bytes_moved=0, num_operations=1)
+        return Segment(phase, layer, kept, peak, fresh_bytes=0, operations=Operations())
 
     trace = StepTrace(
         (

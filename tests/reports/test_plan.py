@@ -12,7 +12,8 @@ from html_page import ALLOWED_TAGS, HOSTILE, Page
 from metier.cli import app
 from metier.config import RunConfig
 from metier.errors import ConfigError
-from metier.planning.plan import Plan, plan, size
+from metier.planning.plan import Plan, plan
+from metier.planning.spelling import size
 from metier.reports.plan import COLORS, save_chart
 from tiny_models import tiny_model
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from io import StringIO
+from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 
 import pytest
+import torch
 from rich.console import Console
 
 from metier.config import RunConfig
 from metier.data.encode import IGNORED, Encoded
 from metier.errors import RunError, UnsupportedModelError
+from metier.memory.process_memory import ProcessMemory
 from metier.planning import estimate
+from metier.planning.clock import PARTS
 from metier.planning.fit import Budget
 from metier.planning.step import Batch
 from metier.training import foresight as module
@@ -133,3 +139,90 @@ def test_the_largest_batch_is_as_long_as_the_longest_record(padding_free, rows, 
     found = largest_batch(items, config)
     assert (found.num_rows, found.num_tokens) == (batch.num_rows, batch.num_tokens)
     assert found.labelled_share == pytest.approx(batch.labelled_share)
+
+
+def test_the_seconds_of_a_step_stand_beside_what_it_took(config):
+    printed = Console(file=StringIO(), width=200)
+    train(config, console=printed)
+    folder = Path(config.output_dir)
+    written = json.loads((folder / "plan.json").read_text())
+    predicted, measured = written["predicted"], written["measured"]
+    assert 0 < predicted["operation_seconds"] < predicted["step_seconds"] < 10
+    assert predicted["train_seconds"] == pytest.approx(2 * predicted["step_seconds"])
+    assert 0 < measured["step_seconds"] < measured["train_seconds"]
+    assert predicted["bottleneck"] in PARTS
+    assert "s foreseen (" in printed.file.getvalue().partition("A step took")[2]
+    (line,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if "loss" in line][-1:]
+    assert line["foreseen_step_seconds"] == predicted["step_seconds"]
+    assert line["foreseen_peak_memory_bytes"] == predicted["peak_memory_bytes"]
+    assert line["step_seconds"] > 0
+    report = (folder / "report.html").read_text()
+    assert "Foreseen" in report
+    assert f"on {predicted['bottleneck']}." in report
+
+
+def test_where_too_little_memory_is_free_nothing_is_measured(config, monkeypatch):
+    monkeypatch.setattr(module, "memory_limit_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(module, "held_bytes", lambda: 800 << 20)
+    monkeypatch.setattr(module, "clock_here", lambda _: pytest.fail("was measured"))
+    printed = Console(file=StringIO(), width=200)
+    train(config, console=printed)
+    predicted = json.loads((Path(config.output_dir) / "plan.json").read_text())["predicted"]
+    assert "512 MiB of memory are free" in predicted["not_timed"]
+    assert "what it would take was not foreseen: less than 512 MiB" in printed.file.getvalue()
+
+
+def test_what_was_measured_with_is_no_part_of_the_peak(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("METIER_CACHE", str(tmp_path / "cache"))
+    kept = Foresight(config, tiny_model("deepseek_v2").config, force=False)
+    found = kept._estimator(config)
+    items = [Encoded(input_ids=[7] * 9, labels=[7] * 9, origin="t")] * 4
+    before = module.peak_memory_bytes()
+    assert kept._times(found, items)["step_seconds"] > 0
+    # a hundred megabytes of weights and rows are measured with
+    assert kept.peak_memory_bytes() < before + (64 << 20)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_the_mean_batch_is_that_of_all_that_can_be_drawn(rows, padding_free):
+    lengths = [3, 9, 6, 6, 1]
+    items = [Encoded(input_ids=[7] * n, labels=[7] * n, origin="t") for n in lengths]
+    config = RunConfig(
+        model="m", dataset="d", output_dir="o", padding_free=padding_free, per_device_train_batch_size=rows
+    )
+    drawn = list(combinations(lengths, min(rows, len(lengths))))
+    tokens = [sum(batch) if padding_free else len(batch) * max(batch) for batch in drawn]
+    assert module.mean_tokens(items, config) == pytest.approx(fmean(tokens))
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [
+        ({"max_steps": 7}, 7),
+        ({"num_train_epochs": 2}, 4),
+        ({"num_train_epochs": 1, "gradient_accumulation_steps": 2}, 1),
+        ({"num_train_epochs": 3, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}, 6),
+        ({"num_train_epochs": 0.5, "per_device_train_batch_size": 1}, 4),
+    ],
+)
+def test_steps_are_counted_as_the_trainer_does(config, keys, steps):
+    config = dataclasses.replace(config, **{"max_steps": None, "per_device_train_batch_size": 4, **keys})
+    assert module.num_steps(8, config) == steps
+    train(config, console=Console(file=StringIO()))
+    state = [json.loads(line)["step"] for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert max(state) == steps
+
+
+@pytest.mark.skipif(not ProcessMemory.is_known(), reason="the host does not say what a process holds")
+def test_what_is_held_for_records_by_now_is_foreseen(config):
+    items = [Encoded(input_ids=[7] * 9, labels=[7] * 9, origin="t")] * 4
+
+    def foreseen() -> float:
+        return kept.before_training(items, None)["peak_memory_bytes"]
+
+    kept = Foresight(config, tiny_model("deepseek_v2").config, force=True)
+    foreseen()  # what a first trace takes is there
+    before = foreseen()
+    records = torch.ones(300 << 18)
+    assert foreseen() - before == pytest.approx(records.nbytes, rel=0.05)

@@ -13,10 +13,10 @@ from metier.config import RunConfig
 from metier.errors import ConfigError
 from metier.models.load import load
 from metier.models.moe import moe_layers
+from metier.routing.configured import selection_config
 from metier.routing.routing_profile import RoutingProfile
 from metier.routing.selection import ExpertSelection, SelectionConfig, expert_bytes, select
 from metier.training.run import train
-from metier.training.selecting import selection_config
 
 Configure = Callable[..., RunConfig]
 

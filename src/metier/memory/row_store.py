@@ -87,7 +87,8 @@ class RowStore:
         self._neighbours: dict[Phase, RowStore] = {}
         self.layer_place = (0, 1)
         """Which store this is of those that a step passes through, and how many they are."""
-        self._gradients: Tensor | None = None
+        self.gradients: Tensor | None = None
+        """Room for those of all blocks, where that is not in memory and was asked for."""
         self._is_read_through = False
         self.arrays["rows"] = self._zeros("rows", (self.num_rows, 2, hidden_size), dtype, torch.device(device))
 
@@ -121,10 +122,10 @@ class RowStore:
         """
         if self.tier != "disk" or device.type != "cpu" or self.is_remote:
             return None
-        if self._gradients is None:
+        if self.gradients is None:
             shape = (self.num_rows, 2, self.hidden_size)
-            self._gradients = self._zeros("gradients", shape, torch.float32, device)
-        return self._gradients
+            self.gradients = self._zeros("gradients", shape, torch.float32, device)
+        return self.gradients
 
     def _zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         if self.tier == "disk" and device.type == "cpu":

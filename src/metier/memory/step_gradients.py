@@ -64,6 +64,11 @@ class StepGradients:
         slots = [self._slot[block] for block in block_ids]
         return [self._buffer[s] for s in slots], [self._fired[s] for s in slots], [b in is_new for b in block_ids]
 
+    def reserve(self, device: torch.device) -> Tensor:
+        """Make room for all blocks before the first step, as there is after one that used them all; returns it."""
+        self._make_room(self.store.num_blocks, device)
+        return self._buffer
+
     def begin(self) -> None:
         """A pass begins: what an optimizer or its user has done with is forgotten."""
         if self.holder.grad is None and self.block_ids:

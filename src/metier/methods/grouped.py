@@ -8,7 +8,7 @@ plain products that skips empty groups, which on a CPU is what torch's own kerne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -41,8 +41,10 @@ def grouped_matmul(
     if out_PO is None:
         out_PO = rows_PI.new_empty(rows_PI.shape[0], weight_GIO[0].shape[1])
     most_rows = CPU_MOST_ROWS if rows_PI.dtype.itemsize < 4 else None
-    for group, (first, last) in _filled(bounds, most_rows):
-        torch.mm(rows_PI[first:last], weight_GIO[group], out=out_PO[first:last])
+    groups, sizes = _filled(bounds, most_rows)
+    weights = weight_GIO.unbind() if isinstance(weight_GIO, Tensor) else weight_GIO
+    for group, rows_RI, place_RO in zip(groups, rows_PI.split(sizes), out_PO.split(sizes), strict=True):
+        torch.mm(rows_RI, weights[group], out=place_RO)
     return out_PO
 
 
@@ -54,8 +56,10 @@ def grouped_outer(left_PO: Tensor, right_PI: Tensor, bounds: Sequence[int], out_
     if left_PO.is_cuda:
         out_GOI.copy_(F.grouped_mm(left_PO.t(), right_PI, offs=_offsets(bounds, left_PO.device)))
         return
-    for group, (first, last) in _filled(bounds):
-        torch.mm(left_PO[first:last].t(), right_PI[first:last], out=out_GOI[group])
+    groups, sizes = _filled(bounds)
+    places = out_GOI.unbind()
+    for group, left_OR, right_RI in zip(groups, left_PO.t().split(sizes, dim=1), right_PI.split(sizes), strict=True):
+        torch.mm(left_OR, right_RI, out=places[group])
 
 
 def add_grouped_outer(
@@ -70,8 +74,9 @@ def add_grouped_outer(
         for place, product_OI, new in zip(places_OI, products_GOI, is_new, strict=True):
             place.copy_(product_OI) if new else place.add_(product_OI)
         return
-    for group, (first, last) in _filled(bounds):
-        left_OR, right_RI, place = left_PO[first:last].t(), right_PI[first:last], places_OI[group]
+    groups, sizes = _filled(bounds)
+    for group, left_OR, right_RI in zip(groups, left_PO.t().split(sizes, dim=1), right_PI.split(sizes), strict=True):
+        place = places_OI[group]
         if place.dtype != left_PO.dtype:
             product_OI = left_OR @ right_RI
             place.copy_(product_OI) if is_new[group] else place.add_(product_OI)
@@ -83,8 +88,10 @@ def add_grouped_outer(
 
 def grouped_sum(rows_PO: Tensor, bounds: Sequence[int], out_GO: Tensor) -> None:
     """Sum of every group's rows, into (G, O): a bias' gradient. An empty group's place is left as it is."""
-    for group, (first, last) in _filled(bounds):
-        torch.sum(rows_PO[first:last], dim=0, out=out_GO[group])
+    groups, sizes = _filled(bounds)
+    places = out_GO.unbind()
+    for group, rows_RO in zip(groups, rows_PO.split(sizes), strict=True):
+        torch.sum(rows_RO, dim=0, out=places[group])
 
 
 def grouped_repeat(values_GO: Tensor, bounds: Sequence[int]) -> Tensor:
@@ -93,12 +100,15 @@ def grouped_repeat(values_GO: Tensor, bounds: Sequence[int]) -> Tensor:
     return values_GO.repeat_interleave(counts, dim=0)
 
 
-def _filled(bounds: Sequence[int], most_rows: int | None = None) -> Iterator[tuple[int, tuple[int, int]]]:
-    """The groups that have rows, each with its first row and the one after its last; large ones in several parts."""
+def _filled(bounds: Sequence[int], most_rows: int | None = None) -> tuple[list[int], list[int]]:
+    """The groups that have rows, and how many each; large ones in several parts."""
+    groups, sizes = [], []
     for group, (start, end) in enumerate(pairwise(bounds)):
         step = most_rows or max(1, end - start)
-        for first in range(start - bounds[0], end - bounds[0], step):
-            yield group, (first, min(first + step, end - bounds[0]))
+        for first in range(start, end, step):
+            groups.append(group)
+            sizes.append(min(step, end - first))
+    return groups, sizes
 
 
 def _offsets(bounds: Sequence[int], device: torch.device) -> Tensor:

@@ -14,10 +14,14 @@ from transformers import PreTrainedConfig
 
 from metier.config import RunConfig
 from metier.errors import UnsupportedModelError
+from metier.methods.wrap import meft_config
 from metier.planning.from_config import run_skeleton
+from metier.planning.routes import Chances, assumed_chances, chances_of
 from metier.planning.segments import Peak, StepTrace
 from metier.planning.state import TrainingPlan
 from metier.planning.step import Batch, trace_step
+from metier.routing.routing_profile import RoutingProfile
+from metier.routing.selection import ExpertSelection
 
 KINDS = ("frozen weights", "fetched weights", "trained weights", "gradients", "optimizer state", "activations")
 """Of device memory, in the order in which they are shown."""
@@ -42,6 +46,9 @@ class Estimate:
     base_itemsize: int
     """Bytes of one of the base's numbers as it is loaded."""
     assumptions: tuple[str, ...]
+    hidden_size: int = 0
+    num_tokens: int = 0
+    """Of the batch that was traced, padding included."""
 
     @property
     def total_device_bytes(self) -> int:
@@ -53,6 +60,22 @@ class Estimate:
         if self.config.method in ("esft", "expert_lora"):
             return self.state.num_trained * self.base_itemsize
         return self.state.trained_bytes
+
+    @property
+    def added_at_inference(self) -> float | None:
+        """Operations that a token takes more than in the base, as a share of the base's; None where it is not traced.
+
+        Every other method's delta can be merged into the base; a sparse adapter stands beside it.
+        """
+        if self.config.method != "meft":
+            return 0.0
+        if self.trace is None:
+            return None
+        sizes = meft_config(self.config).sizes
+        candidates = sizes.num_active_key_experts * (sizes.r // sizes.num_key_experts)
+        numbers = sizes.num_key_experts + candidates + sizes.top_k
+        added = 2 * self.hidden_size * numbers * len(self.trace.stands_for)
+        return added / (self.trace.flops("forward") / self.num_tokens - added)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -77,6 +100,7 @@ class Estimate:
             "host_bytes": self.host_bytes,
             "disk_bytes": self.disk_bytes,
             "delta_bytes": self.delta_bytes,
+            "added_at_inference": self.added_at_inference,
             **traced,
             "not_traced": self.why_not_traced or None,
             "assumptions": list(self.assumptions),
@@ -91,11 +115,20 @@ class Estimator:
         labelled_share: of the tokens that have a loss. Batches are full: `per_device_train_batch_size` rows of
             `max_length` tokens.
         has_host: the host's memory is not the device's, so that rows in it are copied to the device.
+        profile: of the data, by which experts are selected and tokens choose.
+        half: of the profile's sequences, the even or the odd ones: how tokens choose on those alone.
     """
 
     def __init__(
-        self, base: PreTrainedConfig, *, labelled_share: float = DEFAULT_LABELLED_SHARE, has_host: bool = False
+        self,
+        base: PreTrainedConfig,
+        *,
+        labelled_share: float = DEFAULT_LABELLED_SHARE,
+        has_host: bool = False,
+        profile: RoutingProfile | None = None,
+        half: int | None = None,
     ) -> None:
+        self.profile, self.half = profile, half
         self.base, self.labelled_share, self.has_host = base, labelled_share, has_host
         self._traces: dict[tuple[RunConfig, Batch], StepTrace | str] = {}
         self._states: dict[RunConfig, Estimate] = {}
@@ -116,23 +149,31 @@ class Estimator:
         batch = batch or Batch(config.per_device_train_batch_size, config.max_length, share)
         if (alike, batch) not in self._traces:
             try:
-                skeleton = run_skeleton(alike, self.base)
-                self._traces[alike, batch] = trace_step(alike, skeleton, batch, is_reserved=self.has_host)
+                skeleton = run_skeleton(alike, self.base, self.profile)
+                self._traces[alike, batch] = trace_step(
+                    alike,
+                    skeleton,
+                    batch,
+                    chances=self._chances(alike, skeleton.selection)[0],
+                    is_reserved=self.has_host,
+                )
             except UnsupportedModelError as error:
                 self._traces[alike, batch] = str(error)
-        traced = self._traces[alike, batch]
+        found = self._traces[alike, batch]
         known = self.without_activations(config)
-        if isinstance(traced, str):
-            return dataclasses.replace(known, why_not_traced=traced)
-        so_far = min(traced.peak_bytes, _gradients_at(traced.peak(), known.state))
-        device = {**known.device_bytes, "activations": max(0, traced.peak_bytes - so_far)}
+        if isinstance(found, str):
+            return dataclasses.replace(known, why_not_traced=found)
+        so_far = min(found.peak_bytes, _gradients_at(found.peak(), known.state))
+        device = {**known.device_bytes, "activations": max(0, found.peak_bytes - so_far)}
         if config.gradient_accumulation_steps == 1:
-            device["gradients"] = so_far
-        said = (
-            f"{share:.0%} of a batch's tokens have a loss, and it is full.",
-            "Where a layer has experts (or Key-Experts), each is as likely as any other to be chosen.",
+            device["gradients"] += so_far
+        return dataclasses.replace(
+            known,
+            trace=found,
+            device_bytes=device,
+            assumptions=(*known.assumptions, f"{share:.0%} of a batch's tokens have a loss, and it is full."),
+            num_tokens=batch.num_rows * batch.num_tokens,
         )
-        return dataclasses.replace(known, trace=traced, device_bytes=device, assumptions=(*known.assumptions, *said))
 
     def without_activations(self, config: RunConfig) -> Estimate:
         """The state alone, which is quick: less than the run will take."""
@@ -140,9 +181,23 @@ class Estimator:
             self._states[config] = self._state(config)
         return self._states[config]
 
+    def _chances(self, config: RunConfig, selection: ExpertSelection | None) -> tuple[Chances, str]:
+        """Of experts to be chosen, and where they are from, in words."""
+        if self.profile is None:
+            return assumed_chances(config, selection)
+        of_a_half = "" if self.half is None else " (one half of it)"
+        said = f"Tokens choose experts as in the profile of {self.profile.num_tokens:,} tokens{of_a_half}."
+        return chances_of(self.profile, half=self.half), said
+
+    def _gradients(self, config: RunConfig, state: TrainingPlan) -> int:
+        """That there are from step to step, or from batch to batch; rows on disk have theirs there too."""
+        of_rows = sum(row.row_gradient_bytes for row in state.rows)
+        kept = 0 if config.meft_store == "disk" and not self.has_host else of_rows
+        return kept if config.gradient_accumulation_steps == 1 else state.gradient_bytes - of_rows + kept
+
     def _state(self, config: RunConfig) -> Estimate:
-        skeleton = run_skeleton(config, self.base)
-        state = skeleton.state(config)
+        skeleton = run_skeleton(config, self.base, self.profile)
+        state, said = skeleton.state(config), self._chances(config, skeleton.selection)[1]
         is_apart = config.method == "meft" and config.meft_store != "device"
         rows = state.row_bytes + state.row_state_bytes if is_apart else 0
         stored = state.stored_bytes if config.base_store != "device" else 0
@@ -152,7 +207,7 @@ class Estimator:
             "fetched weights": 2 * stored // max(1, len(state.rows) - 1)
             + state.row_bytes * (is_apart and self.has_host),
             "trained weights": state.trained_bytes - (state.row_bytes if is_apart else 0),
-            "gradients": 0 if config.gradient_accumulation_steps == 1 else state.gradient_bytes,
+            "gradients": self._gradients(config, state),
             "optimizer state": state.optimizer_bytes - (state.row_state_bytes if is_apart else 0),
             "activations": 0,
         }
@@ -165,12 +220,14 @@ class Estimator:
             host_bytes=stored * (config.base_store == "host") + rows * (config.meft_store == "host"),
             disk_bytes=stored * (config.base_store == "disk") + rows * (config.meft_store == "disk"),
             base_itemsize=skeleton.model.dtype.itemsize,
-            assumptions=skeleton.assumptions,
+            hidden_size=self.base.get_text_config().hidden_size,
+            assumptions=(*skeleton.assumptions, said),
         )
 
 
 def _gradients_at(peak: Peak, state: TrainingPlan) -> int:
-    """Gradients that there are at a step's peak: of the layers that the backward pass has behind it."""
+    """Gradients that come and go, at a step's peak: of the layers that the backward pass has behind it."""
     if peak.layer is None:
         return 0
-    return sum(row.gradient_bytes for row in state.rows if row.name != "other" and int(row.name) > peak.layer)
+    behind = (row for row in state.rows if row.name != "other" and int(row.name) > peak.layer)
+    return sum(row.gradient_bytes - row.row_gradient_bytes for row in behind)

@@ -15,8 +15,11 @@ from metier.memory.frozen_model import StoredSizes, stored_sizes
 from metier.methods.wrap import selects_experts, wrap
 from metier.models.moe import moe_layers
 from metier.models.skeleton import model_config, skeleton_of
+from metier.planning.routes import check_profile
 from metier.planning.state import TrainingPlan, training_plan
-from metier.routing.selection import ExpertSelection
+from metier.routing.configured import selection_config
+from metier.routing.routing_profile import RoutingProfile
+from metier.routing.selection import ExpertSelection, expert_bytes, select
 
 ASSUMED_SHARE = 0.1
 """Of a layer's experts that a run trains where no selection says it: ESFT's selections had 5 to 15%."""
@@ -45,12 +48,15 @@ class Skeleton:
         )
 
 
-def run_skeleton(config: RunConfig, base: PreTrainedConfig | None = None) -> Skeleton:
+def run_skeleton(
+    config: RunConfig, base: PreTrainedConfig | None = None, profile: RoutingProfile | None = None
+) -> Skeleton:
     """What `metier train` would load and wrap.
 
     Args:
         config: the run.
         base: the model's configuration; read from `config.model`, a folder, a config.json or a hub id, if not given.
+        profile: of the data, by which experts are selected that the run does not name.
 
     Raises:
         ConfigError: more experts a layer than there are.
@@ -61,19 +67,26 @@ def run_skeleton(config: RunConfig, base: PreTrainedConfig | None = None) -> Ske
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     bare = skeleton_of(base, name=config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
     stored = stored_sizes(bare, config.base_store, config.base_format) if config.has_frozen_base else None
-    selection, assumptions = _selection(bare, config) if selects_experts(config) else (None, ())
+    selection, assumptions = _selection(bare, config, profile) if selects_experts(config) else (None, ())
     with torch.device("meta"):
         model = wrap(bare, config, selection)
     return Skeleton(model, selection, assumptions, stored)
 
 
-def _selection(bare: PreTrainedModel, config: RunConfig) -> tuple[ExpertSelection, tuple[str, ...]]:
+def _selection(
+    bare: PreTrainedModel, config: RunConfig, profile: RoutingProfile | None
+) -> tuple[ExpertSelection, tuple[str, ...]]:
     """The run's own, or as many experts a layer as its policy says; which ones makes no difference to a size."""
     if config.selection is not None:
         selection = ExpertSelection.load(config.selection)
         selection.validate(bare)
         return selection, ()
     layers = moe_layers(bare)
+    if profile is not None and not config.minus_general:
+        check_profile(profile, {layer.index: layer.num_experts for layer in layers})
+        wanted = selection_config(config)
+        sizes = expert_bytes(bare) if wanted.budget_bytes is not None else None
+        return select(profile, wanted, expert_bytes=sizes), ()
     said: tuple[str, ...] = ()
     if config.select_top_k is not None:
         counts = {layer.index: config.select_top_k for layer in layers}

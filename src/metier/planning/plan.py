@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 from transformers import PreTrainedConfig
 
 from metier.config import RunConfig
 from metier.errors import ConfigError, MetierError, UnsupportedModelError
-from metier.memory.memory_limit import held_bytes, memory_limit_bytes
 from metier.models.skeleton import model_config
-from metier.planning.estimate import KINDS, Estimate, Estimator
-from metier.planning.fit import BY_SCORE, Budget, Change, changed, read_bytes, smallest_change
+from metier.planning.budget import machine_budget
+from metier.planning.clock import Clock, DeviceClock, clock_here
+from metier.planning.devices import Device, device_of
+from metier.planning.estimate import Estimate, Estimator
+from metier.planning.fit import BY_SCORE, Budget, Change, changed, smallest_change
 from metier.planning.kv_cache import KvCache, kv_cache
+from metier.planning.spelling import duration, size
+from metier.planning.step_time import StepTime, step_time
+from metier.planning.table import LONG, shown
+from metier.routing.routing_profile import RoutingProfile
 
 METHODS = ("esft", "expert_lora", "lora", "meft", "full")
 
 
-WORKSPACE_BYTES = 54 << 20
-"""What training takes on a CPU beside its tensors, whatever its size: code of kernels, their buffers, what is freed and
-not yet given back. The median of benchmarks/results/planner.md, runs that are held out left out."""
-LONG = 32_768
-"""Tokens of the sequence for which the KV cache is shown."""
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """From the least to the most that a run takes when tokens choose as on all of a profile's data or a half of it."""
+
+    device_bytes: tuple[int, int]
+    seconds: tuple[float, float] | None
+
+    def __str__(self) -> str:
+        said = f"{size(self.device_bytes[0])} to {size(self.device_bytes[1])} on the device"
+        if self.seconds is None:
+            return said
+        return f"{said}, {duration(self.seconds[0])} to {duration(self.seconds[1])} a step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +54,10 @@ class Row:
     """Why this run cannot be at all, or cannot be said."""
     lacking_bytes: int = 0
     change: Change | None = None
+    spread: Spread | None = None
+    """Where there is a profile."""
+    time: StepTime | None = None
+    """None where it is not known what computes, or the step could not be traced."""
 
     @property
     def fits(self) -> bool:
@@ -62,6 +77,7 @@ class Plan:
 
     budget: Budget
     rows: tuple[Row, ...]
+    why_no_time: str = ""
     kv_cache: KvCache | None = None
     """Of the model when it generates; None where its configuration does not say it."""
 
@@ -84,6 +100,7 @@ class Plan:
             "runtime_bytes": self.budget.runtime_bytes,
             "recommended": self.recommended.config.method if self.recommended else None,
             "kv_cache": None if self.kv_cache is None else _cache_as_dict(self.kv_cache),
+            "not_timed": self.why_no_time or None,
             "runs": [_row_as_dict(row) for row in self.rows],
         }
 
@@ -93,47 +110,7 @@ class Plan:
         path.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
 
     def __rich__(self) -> Group:
-        return Group(self._table(), *self._remarks())
-
-    def _table(self) -> Table:
-        table = Table(title=self._title(), title_justify="left")
-        table.add_column("at the peak of a step")
-        for row in self.rows:
-            table.add_column(row.config.method, justify="right")
-        cells = [_cells(row) for row in self.rows]
-        for number, name in enumerate(_LINES):
-            table.add_row(
-                name, *(column[number] for column in cells), end_section=name in ("trained", KINDS[-1], "disk")
-            )
-        return table
-
-    def _title(self) -> str:
-        memory = f"{size(self.budget.device_bytes)} of memory"
-        if self.budget.host_bytes is not None:
-            memory = f"{size(self.budget.device_bytes)} on the device, {size(self.budget.host_bytes)} on the host"
-        runtime = f"; {size(self.budget.runtime_bytes)} of it is the process's own"
-        return f"{self.rows[0].config.model}: {memory}{runtime if self.budget.runtime_bytes else ''}"
-
-    def _remarks(self) -> Iterable[Text]:
-        best = self.recommended
-        if best is not None:
-            yield Text(f"{best.config.method} fits, and had the highest score of what fits where we measured.")
-            deltas = {row.config.method: row.estimate.delta_bytes for row in self.rows if row.fits and row.estimate}
-            smallest = min(deltas, key=lambda method: deltas[method])
-            if smallest != best.config.method:
-                yield Text(f"The smallest delta is that of {smallest}: {size(deltas[smallest])}.")
-        for row in self.rows:
-            name = row.config.method
-            if row.change is not None:
-                total = row.change.estimate.total_device_bytes + self.budget.runtime_bytes
-                yield Text(f"{name} fits with {row.change}: {size(total)}.")
-            elif row.lacking_bytes:
-                yield Text(f"{name} lacks {size(row.lacking_bytes)}; no change that is known here makes it fit.")
-            elif row.why_not:
-                yield Text(f"{name}: {row.why_not}")
-        if self.kv_cache is not None:
-            yield Text(_cache_in_words(self.kv_cache))
-        yield from (Text(f"Assumed: {assumption}", style="dim") for assumption in self.assumptions)
+        return shown(self)
 
 
 def plan(
@@ -143,6 +120,8 @@ def plan(
     device_memory: str | None = None,
     host_memory: str | None = None,
     labelled_share: float = 0.5,
+    device: str | None = None,
+    profile: RoutingProfile | None = None,
 ) -> Plan:
     """What a run takes, or the runs of several methods.
 
@@ -151,9 +130,11 @@ def plan(
         methods: to compare instead of the run's own; settings that belong to one method are left out for others.
         device_memory, host_memory: such as "24GiB"; this machine's where they are not given.
         labelled_share: of the tokens that have a loss, in (0, 1].
+        profile: of the data that will be trained on: which experts are selected, and how tokens choose.
+        device: an accelerator (`devices.DEVICES`), whose memory counts where `device_memory` is not given.
 
     Raises:
-        ConfigError: a size or a method that is none.
+        ConfigError: a size, a method or a device that is none.
         ModelError: the model's configuration cannot be read.
     """
     if not 0 < labelled_share <= 1:
@@ -161,12 +142,37 @@ def plan(
     for method in methods or ():
         if method not in METHODS:
             raise ConfigError(f"method: got {method!r}, expected some of {', '.join(METHODS)}, or all.")
-    budget = machine_budget(device_memory, host_memory)
+    wanted = None if device is None else device_of(device)
+    budget = machine_budget(device_memory, host_memory, wanted)
+    clock = _clock(config, budget, wanted)
     base = model_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    estimator = Estimator(base, labelled_share=labelled_share, has_host=budget.host_bytes is not None)
+    options: dict[str, Any] = {"labelled_share": labelled_share, "has_host": budget.host_bytes is not None}
+    estimator = Estimator(base, profile=profile, **options)
+    halves = [Estimator(base, profile=profile, half=half, **options) for half in (0, 1)] if profile is not None else []
     configs = [config] if methods is None else [_as_method(config, method) for method in methods]
-    rows = tuple(_row(wanted, budget, estimator, alone=len(configs) == 1) for wanted in configs)
-    return Plan(budget, rows, _cache(base, config))
+    rows = [_row(each, budget, estimator, alone=len(configs) == 1) for each in configs]
+    if clock is not None:
+        rows = [_timed(row, clock) for row in rows]
+    rows = [_spread(row, halves, clock) for row in rows]
+    if clock is not None:
+        clock.save()
+    why = "" if clock is not None else "what computes is not this machine's CPU. Name it: --device rtx-4090."
+    return Plan(budget, tuple(rows), why, _cache(base, config))
+
+
+def _clock(config: RunConfig, budget: Budget, device: Device | None) -> Clock | None:
+    """Of the device that is named, or of this machine where the memory is its own."""
+    if device is not None:
+        return DeviceClock(device)
+    if (budget.host_bytes is not None) != torch.cuda.is_available():
+        return None
+    return clock_here(Path(config.output_dir))
+
+
+def _timed(row: Row, clock: Clock) -> Row:
+    if row.estimate is None or row.estimate.trace is None:
+        return row
+    return dataclasses.replace(row, time=step_time(row.estimate, clock))
 
 
 def _cache(base: PreTrainedConfig, config: RunConfig) -> KvCache | None:
@@ -185,13 +191,15 @@ def _cache_as_dict(cache: KvCache) -> dict[str, int]:
     }
 
 
-def _cache_in_words(cache: KvCache) -> str:
-    """Of every method alike: none that `metier plan` knows makes a sequence longer."""
-    kinds = ", ".join(dict.fromkeys(str(layer) for layer in cache.layers))
-    return (
-        f"When it generates, whatever the method, the KV cache ({kinds}) takes {size(cache.token_bytes)} a token, "
-        f"{size(cache.bytes_for(LONG))} for a sequence of {LONG:,}."
-    )
+def _spread(row: Row, halves: Sequence[Estimator], clock: Clock | None) -> Row:
+    if not halves or row.estimate is None or row.estimate.trace is None:
+        return row
+    found = [row.estimate, *(estimator(row.config) for estimator in halves)]
+    sizes = [one.total_device_bytes for one in found]
+    if clock is None:
+        return dataclasses.replace(row, spread=Spread((min(sizes), max(sizes)), None))
+    seconds = [step_time(one, clock).seconds for one in found]
+    return dataclasses.replace(row, spread=Spread((min(sizes), max(sizes)), (min(seconds), max(seconds))))
 
 
 def _row(config: RunConfig, budget: Budget, estimator: Estimator, *, alone: bool) -> Row:
@@ -206,26 +214,6 @@ def _row(config: RunConfig, budget: Budget, estimator: Estimator, *, alone: bool
     return Row(config, found, found.why_not_traced, lacking, change)
 
 
-def machine_budget(device_memory: str | None = None, host_memory: str | None = None) -> Budget:
-    """The memory that is given, such as "24GiB", or else this machine's.
-
-    Raises:
-        ConfigError: a size that is none.
-    """
-    has_device = torch.cuda.is_available()
-    if device_memory is not None:
-        device = read_bytes(device_memory, "device_memory")
-    elif has_device:
-        device = torch.cuda.get_device_properties(0).total_memory
-    else:
-        device = memory_limit_bytes()
-    host = None if host_memory is None else read_bytes(host_memory, "host_memory")
-    if host is None and has_device:
-        host = memory_limit_bytes()
-    # on a device the runtime's share is not known here
-    return Budget(device, host, 0 if host is not None else held_bytes() + WORKSPACE_BYTES)
-
-
 def _as_method(config: RunConfig, method: str) -> RunConfig:
     """The run with another method; what only another method has goes back to its default."""
     defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
@@ -238,52 +226,15 @@ def _as_method(config: RunConfig, method: str) -> RunConfig:
     return changed(config, {"method": method, **reset})
 
 
-_LINES = ("trained", *KINDS, "device", "host", "disk", "delta", "TFLOPs", "fits")
-"""Of the table, from top to bottom."""
-
-
-def _cells(row: Row) -> list[str]:
-    found = row.estimate
-    if found is None:
-        return [*["–"] * (len(_LINES) - 1), row.verdict]
-    trace = found.trace
-    return [
-        count(found.state.num_trained),
-        *("–" if kind == "activations" and trace is None else size(found.device_bytes[kind]) for kind in KINDS),
-        f"{'> ' if trace is None else ''}{size(found.total_device_bytes)}",
-        size(found.host_bytes),
-        size(found.disk_bytes),
-        size(found.delta_bytes),
-        "–" if trace is None else f"{(trace.flops('forward') + trace.flops('backward')) / 1e12:,.3g}",
-        row.verdict,
-    ]
-
-
 def _row_as_dict(row: Row) -> dict[str, Any]:
     known = {} if row.estimate is None else row.estimate.as_dict()
     return {
         "method": row.config.method,
         **known,
+        **({} if row.time is None else row.time.as_dict()),
+        "spread": None if row.spread is None else dataclasses.asdict(row.spread),
         "fits": row.fits,
         "lacking_bytes": row.lacking_bytes,
         "why_not": row.why_not or None,
         "fits_with": None if row.change is None else row.change.keys,
     }
-
-
-def count(number: int) -> str:
-    """Of parameters, three digits."""
-    for unit, name in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}" if number < 999.5 * unit else f"{number / unit:,.0f}{name}"
-    return str(number)
-
-
-def size(num_bytes: int) -> str:
-    """In binary units, three digits."""
-    amount = float(num_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1000:
-            return f"{amount:.3g} {unit}" if num_bytes else "0"
-        amount /= 1024
-    return f"{amount:,.3g} TiB"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+from metier.planning.trace import Operations
+from metier.planning.work import Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +22,9 @@ class Segment:
     """How much more is held at its end than at its beginning; less than 0 where it frees what others kept."""
     peak_bytes: int
     """The most that was held beyond what was at its beginning."""
-    flops: int
-    bytes_moved: int
-    num_operations: int
+    fresh_bytes: int
+    """Of what it makes, what no freed memory is used again for: large blocks, and what is more than before."""
+    operations: Operations
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +75,23 @@ class StepTrace:
 
     def flops(self, phase: Literal["forward", "backward"]) -> int:
         """Of matrix products and attention, two for each multiplication and addition."""
-        return sum(segment.flops for segment in self.repeated() if segment.phase == phase)
+        return sum(segment.operations.flops for segment in self.repeated() if segment.phase == phase)
 
     def bytes_moved(self, phase: Literal["forward", "backward"]) -> int:
         """Read and written by all operations, each tensor once an operation."""
-        return sum(segment.bytes_moved for segment in self.repeated() if segment.phase == phase)
+        return sum(segment.operations.bytes_moved for segment in self.repeated() if segment.phase == phase)
 
-    def num_operations(self) -> int:
-        return sum(segment.num_operations for segment in self.repeated())
+    @property
+    def fresh_bytes(self) -> int:
+        """That a CPU's system has to find pages for."""
+        return sum(segment.fresh_bytes for segment in self.repeated())
+
+    def operations(self) -> Operations:
+        """Of the whole step."""
+        works: Counter[Work] = Counter()
+        for segment in self.repeated():
+            works.update(segment.operations.works)
+        return Operations(works)
 
     def _of(self, phase: str) -> Iterator[Segment]:
         parts: list[list[Segment]] = [[]]

@@ -39,6 +39,8 @@ class PlanRow:
     num_frozen: int
     gradient_bytes: int
     optimizer_bytes: int
+    row_gradient_bytes: int = 0
+    """Of the gradients, those of a sparse adapter's rows, whose room is kept from step to step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,7 @@ def training_plan(
                 gradient_bytes=4 * num_numbers,
                 optimizer_bytes=moments,
             )
+            row.row_gradient_bytes += 4 * num_numbers
     if method == "lora":
         where = "all linear layers" if is_dense(model) else "all experts"
         for row in counts.values():
@@ -202,6 +205,7 @@ class _Counts:
     num_frozen: int = 0
     gradient_bytes: int = 0
     optimizer_bytes: int = 0
+    row_gradient_bytes: int = 0
     whole: dict[str, None] = field(default_factory=dict)
     what: str = ""
     """What is trained, where the method says more than the counts."""
@@ -215,7 +219,14 @@ class _Counts:
     def row(self, key: str, method: str, selection: ExpertSelection | None) -> PlanRow:
         what = self.what or _what(key, self.num_trained, method, selection, list(self.whole))
         return PlanRow(
-            key, what, self.num_trained, self.trained_bytes, self.num_frozen, self.gradient_bytes, self.optimizer_bytes
+            key,
+            what,
+            self.num_trained,
+            self.trained_bytes,
+            self.num_frozen,
+            self.gradient_bytes,
+            self.optimizer_bytes,
+            self.row_gradient_bytes,
         )
 
 

@@ -31,8 +31,9 @@ from metier.models.layers import layer_stacks
 from metier.models.load import first_line
 from metier.models.moe import MoELayer, is_dense, moe_layers
 from metier.planning.from_config import Skeleton
+from metier.planning.routes import Chances
 from metier.planning.segments import Segment, StepTrace
-from metier.planning.trace import Tracer
+from metier.planning.trace import Operations, Tracer
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +54,29 @@ class Batch:
 
 
 def trace_step(
-    config: RunConfig, skeleton: Skeleton, batch: Batch, *, seed: int = 0, is_reserved: bool = False
+    config: RunConfig,
+    skeleton: Skeleton,
+    batch: Batch,
+    *,
+    chances: Chances | None = None,
+    seed: int = 0,
+    is_reserved: bool = False,
 ) -> StepTrace:
     """Forward and backward pass over one batch, with every layer's part; the optimizer's step is not in it.
 
     Args:
         config: the run; its `gradient_checkpointing` counts.
         skeleton: of `run_skeleton`; it is used up.
-        batch: its size. Each token's experts are drawn at random, all of a layer being as likely.
-        seed: of that.
+        batch: its size. Each token's experts are drawn at random.
+        chances: of a layer's experts; those of layers that are not there are all as likely.
+        seed: of the draw.
         is_reserved: whether tensors take memory before they are written, as on an accelerator.
 
     Raises:
         UnsupportedModelError: the model's step cannot be traced.
     """
     try:
-        return _traced(config, skeleton, batch, seed, is_reserved)
+        return _traced(config, skeleton, batch, chances or {}, seed, is_reserved)
     except UnsupportedModelError:
         raise
     except Exception as error:  # a family's own code meets tensors without numbers: whatever it does then
@@ -76,7 +84,9 @@ def trace_step(
         raise UnsupportedModelError(f"{name}: its step cannot be traced ({first_line(error)}).") from error
 
 
-def _traced(config: RunConfig, skeleton: Skeleton, batch: Batch, seed: int, is_reserved: bool) -> StepTrace:
+def _traced(
+    config: RunConfig, skeleton: Skeleton, batch: Batch, chances: Chances, seed: int, is_reserved: bool
+) -> StepTrace:
     if config.method == "meft" and config.meft_semantics == "union":
         raise UnsupportedModelError(
             "which rows a batch has in common depends on numbers, which a trace has none of: the step of a sparse "
@@ -93,12 +103,13 @@ def _traced(config: RunConfig, skeleton: Skeleton, batch: Batch, seed: int, is_r
     tracer = Tracer(fake)
     bare: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     trl_head.add_fused_lm_head(bare, outputs=("log_probs", "entropy", "is_top1"))
-    rows = [s.arrays["rows"] for m in model.modules() if isinstance(m, MeftLayer) for s in m.stores.values()]
-    for tensor in (*model.parameters(), *model.buffers(), *rows):
+    stores = [store for m in model.modules() if isinstance(m, MeftLayer) for store in m.stores.values()]
+    rows = [room for store in stores for room in (store.arrays["rows"], store.gradients) if room is not None]
+    for tensor in (*model.parameters(), *model.buffers(), *rows, *_gradient_rooms(model, fake)):
         tracer.memory.known(tensor)
     marks = _Marks(tracer)
     order = _cut_to_some_of_a_kind(model, marks)
-    routed = _route([layer for layer in experts if layer.index in order], batch, seed)
+    routed = _route([layer for layer in experts if layer.index in order], batch, chances, seed)
     labels_BT = batch.labels_BT()
     inputs = {"input_ids": torch.ones_like(labels_BT), "attention_mask": torch.ones_like(labels_BT)}
     hook = bare.base_model.register_forward_hook(labelled_output(labels_BT[:, 1:] != IGNORED))
@@ -171,17 +182,28 @@ def _without_numbers(model: nn.Module) -> FakeTensorMode:
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = faked(buffer)
         for store in module.stores.values() if isinstance(module, MeftLayer) else ():
-            store.arrays["rows"] = faked(store.arrays["rows"])
+            rows = store.arrays["rows"]
+            store.arrays["rows"] = faked(rows)
+            if store.tier == "disk":
+                # it would be made as a file
+                store.gradients = faked(torch.empty_like(rows, dtype=torch.float32))
     return fake
 
 
-def _route(layers: Sequence[MoELayer], batch: Batch, seed: int) -> Callable[[], None]:
+def _gradient_rooms(model: nn.Module, fake: FakeTensorMode) -> list[Tensor]:
+    """Where rows of a sparse adapter have their gradients: room that is there from the second step on."""
+    found = (step_gradients_of(parameter) for parameter in model.parameters())
+    with fake:
+        return [gradients.reserve(torch.device("cpu")) for gradients in found if gradients is not None]
+
+
+def _route(layers: Sequence[MoELayer], batch: Batch, chances: Chances, seed: int) -> Callable[[], None]:
     """Give layers' experts routes of their own; returns what takes them away again."""
     num_tokens = batch.num_rows * batch.num_tokens
     hooks = []
     for layer in layers:
         generator = torch.Generator().manual_seed(seed + layer.index)
-        chances_TE = torch.ones(num_tokens, layer.num_experts)
+        chances_TE = chances.get(layer.index, torch.ones(layer.num_experts)).expand(num_tokens, -1)
         expert_ids_TK = torch.multinomial(chances_TE, layer.top_k, generator=generator)
         hooks.append(layer.entry.register_forward_pre_hook(_with_routes(expert_ids_TK)))
 
@@ -208,22 +230,22 @@ class _Marks:
         self._start()
 
     def _start(self) -> None:
-        self.tracer.memory.peak = self._live = self.tracer.memory.live
-        operations = self.tracer.operations
-        self._before = (operations.flops, operations.bytes_moved, operations.count)
+        memory = self.tracer.memory
+        memory.peak = self._live = memory.live
+        self._small, self._large = memory.live_small, memory.made_large
+        self.tracer.operations = Operations()
 
     def come_to(self, phase: str, layer: int | None) -> None:
         """What comes now is another part."""
-        operations = self.tracer.operations
+        memory = self.tracer.memory
         self.segments.append(
             Segment(
                 phase=self._now[0],
                 layer=self._now[1],
-                kept_bytes=self.tracer.memory.live - self._live,
-                peak_bytes=self.tracer.memory.peak - self._live,
-                flops=operations.flops - self._before[0],
-                bytes_moved=operations.bytes_moved - self._before[1],
-                num_operations=operations.count - self._before[2],
+                kept_bytes=memory.live - self._live,
+                peak_bytes=memory.peak - self._live,
+                fresh_bytes=memory.made_large - self._large + max(0, memory.live_small - self._small),
+                operations=self.tracer.operations,
             )
         )
         self._now = (phase, layer)

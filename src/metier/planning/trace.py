@@ -8,6 +8,7 @@ the model's own code runs, our autograd functions too, and what it allocates and
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,20 +17,34 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from torch.utils.flop_counter import flop_registry
+
+from metier.planning.work import Work, work_of
 
 aten = torch.ops.aten
+LARGE = 32 << 20
+"""Bytes from which on glibc maps every block anew, DEFAULT_MMAP_THRESHOLD_MAX: each of its pages is a fault."""
 
 
 @dataclass(slots=True)
 class Operations:
     """What was computed under a tracer."""
 
-    flops: int = 0
-    """Of matrix products and attention, two for each multiplication and addition."""
-    bytes_moved: int = 0
-    """Read and written by all operations, each tensor once an operation."""
-    count: int = 0
+    works: Counter[Work] = field(default_factory=Counter)
+    """How often each."""
+
+    @property
+    def flops(self) -> int:
+        """Of matrix products and attention, two for each multiplication and addition."""
+        return sum(number * work.flops for work, number in self.works.items())
+
+    @property
+    def bytes_moved(self) -> int:
+        """Read and written by all operations, each number once an operation."""
+        return sum(number * work.num_bytes for work, number in self.works.items())
+
+    @property
+    def count(self) -> int:
+        return self.works.total()
 
 
 @dataclass(slots=True)
@@ -38,6 +53,10 @@ class Memory:
 
     live: int = 0
     peak: int = 0
+    live_small: int = 0
+    """Of storages that the system gives no pages of their own (`LARGE`)."""
+    made_large: int = 0
+    """Of the others, all that were made."""
     _held: dict[int, weakref.ref[Any]] = field(default_factory=dict)
 
     def made(self, tensor: Tensor) -> None:
@@ -46,11 +65,15 @@ class Memory:
         if key in self._held:
             return
         num_bytes = storage.nbytes()
+        small_bytes = num_bytes if num_bytes < LARGE else 0
         self.live += num_bytes
+        self.live_small += small_bytes
+        self.made_large += num_bytes - small_bytes
         self.peak = max(self.peak, self.live)
 
         def freed(_: Any) -> None:
             self.live -= num_bytes
+            self.live_small -= small_bytes
             self._held.pop(key, None)
 
         self._held[key] = weakref.ref(storage, freed)
@@ -87,6 +110,8 @@ class Tracer(TorchDispatchMode):
         return out
 
     def _faked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in (aten.mm.out, aten.addmm.out):  # there is one an expert, and each would take a millisecond
+            return kwargs["out"]
         if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
             # a mask's number of places is known where the mask is
             args = (args[0], _as_places(args[1]), *args[2:])
@@ -96,8 +121,6 @@ class Tracer(TorchDispatchMode):
                 return _grouped_mm(*args, **kwargs)
             if func is aten.topk.default:
                 return self._chosen(*args, **kwargs)
-            if func in (aten.mm.out, aten.addmm.out):  # there is one an expert, and each would take a millisecond
-                return kwargs["out"]
             return func(*args, **kwargs)
 
     def _chosen(self, scores: Tensor, k: int, dim: int = -1, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -130,15 +153,7 @@ class Tracer(TorchDispatchMode):
         known = {tensor.untyped_storage()._cdata for tensor in inputs}
         if outputs and not func._schema.is_mutable and all(x.untyped_storage()._cdata in known for x in outputs):
             return  # views
-        self.operations.count += 1
-        self.operations.bytes_moved += sum(_seen_bytes(tensor) for tensor in (*inputs, *outputs))
-        packet = func._overloadpacket
-        if packet in flop_registry:
-            self.operations.flops += flop_registry[packet](*args, **kwargs, out_val=out)
-        elif packet is aten._grouped_mm:
-            self.operations.flops += 2 * args[0].numel() * args[1].shape[-1]
-        elif packet is aten.addmm_:
-            self.operations.flops += 2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
+        self.operations.works[work_of(func, args, kwargs, out, outputs)] += 1
 
 
 _FACTORIES = frozenset({aten.empty, aten.zeros, aten.ones, aten.randn, aten.rand, aten.empty_strided})
@@ -171,7 +186,3 @@ def _grouped_mm(
     width = -(-shape[-1] * dtype.itemsize // 16) * 16 // dtype.itemsize
     strides = (width, 1) if len(shape) == 2 else (shape[1] * width, width, 1)
     return a.new_empty_strided(shape, strides, dtype=dtype)
-
-
-def _seen_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

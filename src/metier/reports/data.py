@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from metier.errors import ConfigError
 from metier.evaluation.compare import ComparisonRow
@@ -57,6 +58,9 @@ class ReportData:
     """The comparison, from `metier.evaluation.compare`."""
     total_parameters: int | None = None
     model_bytes: int | None = None
+
+    plans: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Method to its plan.json: what was predicted, and what was measured."""
 
     config: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from metier.reports.cost import cost
 from metier.reports.data import ReportData
+from metier.reports.foresight import foresight
 from metier.reports.headline import headline
 from metier.reports.markup import Markup, join, tag
 from metier.reports.quality import general, quality
@@ -57,7 +58,7 @@ def page(title: str, content: Markup, *, version: str | None, note: str) -> str:
     return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
 
 
-_PARTS = (headline, routing, training, rows, quality, general, cost, samples, settings)
+_PARTS = (headline, routing, training, rows, quality, general, cost, foresight, samples, settings)
 
 
 def _header(data: ReportData) -> Markup:

@@ -8,7 +8,8 @@ from pathlib import Path
 from metier import __version__
 from metier.errors import ConfigError
 from metier.planning.estimate import KINDS
-from metier.planning.plan import Plan, Row, count, size
+from metier.planning.plan import Plan, Row
+from metier.planning.spelling import count, size
 from metier.reports.blocks import section, table
 from metier.reports.html import page
 from metier.reports.markup import Markup, join, tag

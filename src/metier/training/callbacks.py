@@ -7,8 +7,10 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -99,12 +101,40 @@ def num_record_tokens(attention_mask_BT: Tensor | None, position_ids_RT: Tensor 
     return int(((position_ids_RT > 0) | (following_RT > 0)).sum())
 
 
-class MetricsLog(TrainerCallback):
-    """Writes metrics.jsonl. A resumed run takes back the lines behind its checkpoint, so each step stands once."""
+class StepTimes(TrainerCallback):
+    """Reads the clock at both ends of every step of the optimizer; evaluations, saving and logging are between them."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
         self._started = 0.0
+
+    @property
+    def usual(self) -> float | None:
+        """Of a step, the median; the first one makes what later ones use again. None where there was no step."""
+        return median(self.seconds[1:] or self.seconds) if self.seconds else None
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._started)
+
+
+class MetricsLog(TrainerCallback):
+    """Writes metrics.jsonl. A resumed run takes back the lines behind its checkpoint, so each step stands once.
+
+    Args:
+        path: the file.
+        times: of the steps; it stands before this callback.
+        foreseen: what was predicted of what is logged; it stands beside it in every line.
+    """
+
+    def __init__(self, path: Path, times: StepTimes, foreseen: Mapping[str, float | str]) -> None:
+        self.path, self.times = path, times
+        self.foreseen = {
+            f"foreseen_{name}": foreseen[name] for name in ("step_seconds", "peak_memory_bytes") if name in foreseen
+        }
+        self._started, self._num_logged = 0.0, 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._started = time.monotonic()
@@ -128,10 +158,14 @@ class MetricsLog(TrainerCallback):
         **_: Any,
     ) -> None:
         seconds = time.monotonic() - self._started
-        row: dict[str, float] = {"step": state.global_step, **(logs or {})}
-        if "num_tokens" in row and "loss" in row and seconds > 0:
-            row["tokens_per_second"] = round(row["num_tokens"] / seconds, 1)
-        row |= {"seconds": round(seconds, 3), "peak_memory_bytes": peak_memory_bytes()}
+        row: dict[str, float | str] = {"step": state.global_step, **(logs or {})}
+        if logs and "num_tokens" in logs and "loss" in logs and seconds > 0:
+            row["tokens_per_second"] = round(logs["num_tokens"] / seconds, 1)
+        since = self.times.seconds[self._num_logged :]
+        if since:
+            row["step_seconds"] = round(fmean(since), 4)
+            self._num_logged += len(since)
+        row |= {"seconds": round(seconds, 3), "peak_memory_bytes": peak_memory_bytes(), **self.foreseen}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -23,7 +23,7 @@ from metier.reports.data import ReportData
 from metier.reports.html import write_report
 from metier.routing.selection import ExpertSelection
 from metier.training.folder import RunFolder, package_versions
-from metier.training.report import read_metrics, routing_data
+from metier.training.report import read_metrics, read_plan, routing_data
 from metier.training.run import RunResult, train
 
 Method = Literal["esft", "full", "lora"]
@@ -140,6 +140,7 @@ def _report_data(
         task_description=load_task(task).description,
         **routing_data(RunFolder(root), config, selection),
         metrics={name: read_metrics(RunFolder(folder).metrics) for name, folder in folders.items()},
+        plans={name: read_plan(RunFolder(folder).plan) for name, folder in folders.items()},
         evaluations=evaluations,
         rows=rows,
         total_parameters=total_parameters,

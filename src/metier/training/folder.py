@@ -11,6 +11,8 @@ from metier.config import RunConfig
 from metier.config_reading import load_run_config
 from metier.errors import RunError
 from metier.methods.wrap import ROWS_FOLDER
+from metier.routing.profile_files import TENSORS_FILE
+from metier.routing.routing_profile import RoutingProfile
 
 MAY_DIFFER_ON_RESUME = {
     "resume_from_checkpoint", "report_to", "logging_steps", "save_steps", "save_total_limit", "output_dir",
@@ -34,6 +36,10 @@ class RunFolder:
     @property
     def selection(self) -> Path:
         return self.root / "selection.json"
+
+    def routing_profile(self) -> RoutingProfile | None:
+        """That by which the run selected its experts; None where it selected none by one."""
+        return RoutingProfile.load(self.root) if (self.root / TENSORS_FILE).exists() else None
 
     @property
     def plan(self) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from statistics import fmean
 
@@ -15,15 +16,25 @@ from metier.config import POLICIES, RunConfig
 from metier.data.encode import IGNORED, Item
 from metier.errors import RunError
 from metier.memory.allocator import give_back_what_is_free
+from metier.memory.memory_limit import held_bytes, memory_limit_bytes
+from metier.memory.process_memory import ProcessMemory
 from metier.methods.wrap import selects_experts
+from metier.planning.budget import machine_budget, workspace_bytes
+from metier.planning.clock import clock_here
 from metier.planning.estimate import Estimate, Estimator
 from metier.planning.fit import changed, smallest_change
-from metier.planning.plan import WORKSPACE_BYTES, machine_budget, size
+from metier.planning.machine import fingerprint
+from metier.planning.spelling import size
 from metier.planning.step import Batch
+from metier.planning.step_time import step_time
+from metier.routing.routing_profile import RoutingProfile
 from metier.training.callbacks import peak_memory_bytes, reset_peak_memory
 
 OVER_PREDICTED = 0.06
-"""By so much of what was foreseen a run took less at most: benchmarks/results/planner.md."""
+"""By so much of what was foreseen a run takes less at most, those of a few hundred megabytes left out:
+benchmarks/results/planner.md."""
+MEASURING_BYTES = 512 << 20
+"""That have to be free for operations to be measured."""
 
 
 class Foresight:
@@ -43,7 +54,9 @@ class Foresight:
         reset_peak_memory()
         self.budget = machine_budget()
         # where there is one memory it is the process's that is measured
-        self._own_bytes = 0 if torch.cuda.is_available() else peak_memory_bytes() + WORKSPACE_BYTES
+        self._workspace_bytes = 0 if torch.cuda.is_available() else workspace_bytes()
+        self._own_bytes = 0 if torch.cuda.is_available() else peak_memory_bytes()
+        self._peak_before = 0
         self._estimator = Estimator(base, has_host=self.budget.host_bytes is not None)
 
     def before_loading(self) -> None:
@@ -55,26 +68,61 @@ class Foresight:
         if not self.force:
             self._check(self._estimator.without_activations(_at_least(self.config)))
 
-    def before_training(self, items: Sequence[Item], selection: Path | None) -> dict[str, float | str]:
+    def before_training(
+        self, items: Sequence[Item], selection: Path | None, profile: RoutingProfile | None = None
+    ) -> dict[str, float | str]:
         """What the largest batch will take, for plan.json; where that cannot be said, why not.
 
         Args:
             items: the records that are trained on.
             selection: the file of the run's selection, if it has one.
+            profile: of the records, if they were profiled.
 
         Raises:
             RunError: it does not fit.
         """
+        self._estimator.profile = profile
         found = self._estimator(_with_selection(self.config, selection), largest_batch(items, self.config))
         if found.trace is None:
             return {"not_traced": found.why_not_traced}
         if not self.force:
             self._check(found, may_be_wrong=OVER_PREDICTED)
+        times = self._times(found, items)
+        own_bytes = self._workspace_bytes + max(self._own_bytes, _held_beside_base(found))
         return {
             "activation_bytes": found.device_bytes["activations"],
-            "peak_memory_bytes": found.total_device_bytes + found.host_bytes + self._own_bytes,
+            "peak_memory_bytes": found.total_device_bytes + found.host_bytes + own_bytes,
+            "workspace_bytes": self._workspace_bytes,
             "forward_flops": found.trace.flops("forward"),
             "backward_flops": found.trace.flops("backward"),
+            **times,
+        }
+
+    def peak_memory_bytes(self) -> int:
+        """The run's, so far."""
+        return max(self._peak_before, peak_memory_bytes())
+
+    def _times(self, found: Estimate, items: Sequence[Item]) -> dict[str, float | str]:
+        """Seconds of a mean step and of all; what the machine is not known to take is measured for it."""
+        if memory_limit_bytes() - held_bytes() < MEASURING_BYTES:
+            return {"not_timed": f"less than {size(MEASURING_BYTES)} of memory are free, which to measure takes."}
+        clock = clock_here(Path(self.config.output_dir))
+        if clock is None:
+            return {"not_timed": f"the figures of {torch.cuda.get_device_name()} are not known here."}
+        peak = peak_memory_bytes()
+        timed = step_time(found, clock, share=mean_tokens(items, self.config) / found.num_tokens)
+        if clock.save():
+            # what was measured with is no part of the run
+            give_back_what_is_free()
+            reset_peak_memory()
+            self._peak_before = peak
+        return {
+            "step_seconds": timed.seconds,
+            "train_seconds": timed.seconds * num_steps(len(items), self.config),
+            "bottleneck": timed.bottleneck,
+            "operation_seconds": timed.operation_seconds,
+            "in_a_step": timed.in_a_step,
+            "machine": fingerprint(),
         }
 
     def _check(self, estimate: Estimate, *, may_be_wrong: float = 0.0) -> None:
@@ -91,6 +139,18 @@ class Foresight:
             f"{self.config.model}: the run needs at least {wanted}, {size(lacking)} more than there is: {parts}, and "
             f"{size(self.budget.runtime_bytes)} of the process itself.\n{advice} Or run it all the same with --force."
         )
+
+
+def _held_beside_base(found: Estimate) -> int:
+    """What the process has taken for code and records by now; 0 where that is not what is measured."""
+    if torch.cuda.is_available() or not ProcessMemory.is_known():
+        return 0
+    gc.collect()
+    give_back_what_is_free()
+    with closing(ProcessMemory()) as memory:
+        held, _ = memory.held_and_peak_bytes()
+    on_disk = found.state.stored_bytes if found.config.base_store == "disk" else 0
+    return held - (found.state.base_bytes - on_disk)
 
 
 def _at_least(config: RunConfig) -> RunConfig:
@@ -121,3 +181,23 @@ def largest_batch(items: Sequence[Item], config: RunConfig) -> Batch:
         tokens = fmean(len(item.input_ids) for item in items)
         return Batch(1 + math.ceil((num_rows - 1) * tokens / longest), longest, labelled / tokens)
     return Batch(num_rows, longest, labelled / longest)
+
+
+def mean_tokens(items: Sequence[Item], config: RunConfig) -> float:
+    """Of a batch, padding included, where batches are drawn at random."""
+    num_rows = min(config.per_device_train_batch_size, len(items))
+    lengths = [len(item.input_ids) for item in items]
+    if config.padding_free:
+        return num_rows * fmean(lengths)
+    # a batch is as long as its longest record: how likely each is to be that, the shorter ones being drawn from before
+    of_all = math.comb(len(lengths), num_rows)
+    longest = (math.comb(number, num_rows - 1) / of_all for number in range(len(lengths)))
+    return num_rows * sum(share * length for share, length in zip(longest, sorted(lengths), strict=True))
+
+
+def num_steps(num_items: int, config: RunConfig) -> int:
+    """Of the optimizer, as the trainer counts them."""
+    if config.max_steps is not None:
+        return config.max_steps
+    batches = math.ceil(num_items / config.per_device_train_batch_size)
+    return math.ceil(config.num_train_epochs * math.ceil(batches / config.gradient_accumulation_steps))

@@ -10,11 +10,9 @@ from typing import Any
 from metier.config import RunConfig
 from metier.reports.data import ReportData
 from metier.reports.html import write_report
-from metier.routing.profile_files import TENSORS_FILE
-from metier.routing.routing_profile import RoutingProfile
+from metier.routing.configured import selection_config
 from metier.routing.selection import ExpertSelection
 from metier.training.folder import RunFolder, package_versions
-from metier.training.selecting import selection_config
 
 
 def write_run_report(
@@ -33,6 +31,7 @@ def write_run_report(
         model=config.model,
         task=Path(config.dataset).name,
         metrics={config.method: read_metrics(folder.metrics)},
+        plans={config.method: read_plan(folder.plan)},
         total_parameters=num_parameters,
         config=asdict(config),
         versions=package_versions(),
@@ -45,9 +44,9 @@ def write_run_report(
 def routing_data(folder: RunFolder, config: RunConfig, selection: ExpertSelection | None) -> dict[str, Any]:
     """What a report shows of a run's routing; empty where it was not profiled, or not scored by routing alone."""
     is_by_routing = config.score != "output_norm" and not config.minus_general
-    if selection is None or not is_by_routing or not (folder.root / TENSORS_FILE).exists():
+    profile, wanted = folder.routing_profile(), selection_config(config)
+    if selection is None or profile is None or not is_by_routing:
         return {}
-    profile, wanted = RoutingProfile.load(folder.root), selection_config(config)
     return {
         "scores_LE": profile.scores_LE(config.score).tolist(),
         "layer_ids": profile.layer_ids,
@@ -64,3 +63,9 @@ def routing_data(folder: RunFolder, config: RunConfig, selection: ExpertSelectio
 def read_metrics(path: Path) -> list[dict[str, object]]:
     """The lines of a metrics.jsonl; none where nothing was logged."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """A run's plan.json."""
+    plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return plan

@@ -28,21 +28,22 @@ from metier.methods.wrap import meft_config, selects_experts, wrap
 from metier.models.encoder_decoder import is_encoder_decoder, refuse_encoder_decoder
 from metier.models.load import LoadedModel, load
 from metier.models.skeleton import model_config
-from metier.planning.plan import size
+from metier.planning.spelling import size
 from metier.planning.state import TrainingPlan, training_plan
+from metier.routing.configured import selection_config
 from metier.routing.selection import ExpertSelection
 from metier.training.apart import check_records_stay_apart
 from metier.training.callbacks import (
     CountTokens,
     MetricsLog,
     ShowProgress,
-    peak_memory_bytes,
+    StepTimes,
 )
 from metier.training.checkpoints import MarkCheckpoints, find_checkpoint
 from metier.training.folder import RunFolder, open_folder
 from metier.training.foresight import Foresight
 from metier.training.report import write_run_report
-from metier.training.selecting import run_selection, selection_config
+from metier.training.selecting import run_selection
 from metier.training.store_metrics import CountFrozen, CountRows
 from metier.training.trainer import make_trainer
 
@@ -105,7 +106,9 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
     selection = None
     if selects_experts(config):
         selection = run_selection(loaded.model, loaded.tokenizer, records, config, folder)
-    foreseen = foresight.before_training(items.items, None if selection is None else folder.selection)
+    foreseen = foresight.before_training(
+        items.items, None if selection is None else folder.selection, folder.routing_profile()
+    )
     set_seed(config.seed)
     model = wrap(loaded.model, config, selection)
     plan = training_plan(model, method=config.method, selection=selection, row_state_dtype=config.meft_state_dtype)
@@ -117,6 +120,7 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         check_records_stay_apart(model, items.items)
     elif not is_encoder_decoder(model):
         _tell_of_padding(items, config, console)
+    times = StepTimes()
     trainer = make_trainer(
         model,
         loaded.tokenizer,
@@ -128,7 +132,8 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
             CountTokens(),
             *([CountRows()] if config.method == "meft" else []),
             *([CountFrozen()] if config.has_frozen_base else []),
-            MetricsLog(folder.metrics),
+            times,
+            MetricsLog(folder.metrics, times, foreseen),
             ShowProgress(console, config.method),
             MarkCheckpoints(config.save_total_limit),
         ],
@@ -137,13 +142,15 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
     # a checkpoint may be larger than memory where rows lie on disk: it is mapped, not read
     with serialization.patch("load.mmap", True):  # type: ignore[attr-defined]
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds, peak = time.monotonic() - started, peak_memory_bytes()
+    seconds, peak = time.monotonic() - started, foresight.peak_memory_bytes()
     _save(model, loaded.tokenizer, folder)
     # the adapter has them all
     shutil.rmtree(folder.rows, ignore_errors=True)
-    plan.save(folder.plan, foreseen, {"train_seconds": seconds, "peak_memory_bytes": peak})
+    measured = {"train_seconds": seconds, "step_seconds": times.usual, "peak_memory_bytes": peak}
+    plan.save(folder.plan, foreseen, measured)
     write_run_report(folder, config, selection, num_parameters=plan.num_trained + plan.num_frozen)
     console.print(_peak_beside_foreseen(peak, foreseen))
+    console.print(_step_beside_foreseen(times.usual, foreseen))
     console.print(f"Trained in {seconds:.0f} s; the delta is {folder.adapter}, the report {folder.report}")
     return RunResult(folder.root, model, loaded.tokenizer, plan, selection, seconds, peak)
 
@@ -153,6 +160,19 @@ def _peak_beside_foreseen(peak: int, foreseen: Mapping[str, float | str]) -> str
         return f"Peak memory {size(peak)}; what it would be was not foreseen: {foreseen['not_traced']}"
     expected = int(foreseen["peak_memory_bytes"])
     return f"Peak memory {size(peak)}, {size(expected)} foreseen ({expected / peak - 1:+.1%})"
+
+
+def _step_beside_foreseen(seconds: float | None, foreseen: Mapping[str, float | str]) -> str:
+    if seconds is None:
+        return "There was no step left to take."
+    if "step_seconds" not in foreseen:
+        why = foreseen.get("not_timed", foreseen.get("not_traced"))
+        return f"A step took {seconds:.3g} s; what it would take was not foreseen: {why}"
+    expected = float(foreseen["step_seconds"])
+    return (
+        f"A step took {seconds:.3g} s, {expected:.3g} s foreseen ({expected / seconds - 1:+.0%}), most of it for "
+        f"{foreseen['bottleneck']}"
+    )
 
 
 def load_base(config: RunConfig) -> LoadedModel:

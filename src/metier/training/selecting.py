@@ -10,28 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from metier.config import RunConfig
 from metier.data.message import Record
 from metier.data.records import load_records
+from metier.routing.configured import selection_config
 from metier.routing.profile import StabilityConfig, profile
 from metier.routing.routing_profile import RoutingProfile
-from metier.routing.selection import ExpertSelection, SelectionConfig, expert_bytes, select
+from metier.routing.selection import ExpertSelection, expert_bytes, select
 from metier.training.folder import RunFolder
-
-PAPER_TOP_P = 0.2
-"""ESFT's setting for token scores, taken where a run names no policy."""
-
-
-def selection_config(config: RunConfig) -> SelectionConfig:
-    """The run's score and policy."""
-    policies = (config.top_p, config.select_top_k, config.select_top_fraction, config.select_budget_bytes)
-    is_open = all(value is None for value in policies)
-    return SelectionConfig(
-        score=config.score,
-        scale=config.score_scale,
-        minus_general=config.minus_general,
-        top_p=PAPER_TOP_P if is_open else config.top_p,
-        top_k=config.select_top_k,
-        top_fraction=config.select_top_fraction,
-        budget_bytes=config.select_budget_bytes,
-    )
 
 
 def run_selection(

@@ -1,0 +1,107 @@
+"""How long a step of a run takes, by what it spends its time on, and what is moved between tiers of memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from metier.config import RunConfig
+from metier.methods.wrap import meft_config
+from metier.planning.clock import OPERATIONS, Clock
+from metier.planning.estimate import Estimate
+
+_NUMBER_BYTES = 4
+"""Of a number in a row that is trained."""
+_BYTES_OF = {"int8": 1, "nf4": 0.5}
+"""Of a frozen number, its part of a scale left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    parts: dict[str, float]
+    """What is done one after the other, by part (`clock.PARTS`)."""
+    moves: dict[str, float]
+    """What is moved meanwhile: between the device and `host`, and between memory and `disk`."""
+    moved_bytes: dict[str, int]
+    in_a_step: float
+    """What the operations' times were multiplied by (`clock.IN_A_STEP`)."""
+
+    @property
+    def seconds(self) -> float:
+        """Moving goes on beside computing; the longer of the two is what a step takes."""
+        return max(sum(self.parts.values()), *self.moves.values())
+
+    @property
+    def operation_seconds(self) -> float:
+        """Of operations by themselves."""
+        return sum(self.parts[part] for part in OPERATIONS) / self.in_a_step
+
+    @property
+    def bottleneck(self) -> str:
+        """What most of the time goes to, in words."""
+        longest = max(self.moves, key=lambda tier: self.moves[tier])
+        if self.moves[longest] >= sum(self.parts.values()):
+            return f"what comes from the {longest}"
+        return max(self.parts, key=lambda part: self.parts[part])
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "step_seconds": self.seconds,
+            "operation_seconds": self.operation_seconds,
+            "in_a_step": self.in_a_step,
+            "seconds_by_part": {part.replace(" ", "_"): seconds for part, seconds in self.parts.items()},
+            "seconds_by_move": self.moves,
+            "moved_bytes": self.moved_bytes,
+            "bottleneck": self.bottleneck,
+        }
+
+
+def step_time(estimate: Estimate, clock: Clock, *, share: float = 1.0) -> StepTime:
+    """What a step takes.
+
+    Args:
+        estimate: with a trace.
+        clock: of what it runs on.
+        share: of the traced batch's tokens that a batch has on the average.
+    """
+    assert estimate.trace is not None, "asked for only where the step was traced"
+    config, state = estimate.config, estimate.state
+    batches = config.gradient_accumulation_steps
+    parts = {part: share * batches * seconds for part, seconds in clock.passes(estimate.trace).items()}
+    fired = _fired_numbers(estimate, share)
+    parts["optimizer"] = clock.optimizer(state.num_trained - state.row_bytes // _NUMBER_BYTES, fired)
+    stored = state.stored_bytes if config.base_store != "device" else 0
+    if config.base_format is not None:
+        numbers = int(state.stored_bytes / _BYTES_OF[config.base_format])
+        parts["decoding"] = _passes(config) * clock.decoding(config.base_format, numbers)
+    moved = {"host": 0, "disk": 0}
+    if stored:
+        moved[config.base_store] += _passes(config) * stored
+    if config.method == "meft" and config.meft_store != "device":
+        # rows and their gradients; a disk also has what the optimizer reads and writes, unless memory has room for it
+        rows = _NUMBER_BYTES * fired
+        moved[config.meft_store] += 2 * rows
+        if config.meft_store == "disk":
+            moved["disk"] += 2 * (rows + state.row_state_bytes * rows // max(1, state.row_bytes))
+    if not clock.has_host:
+        moved["host"] = 0
+    moves = {"host": clock.from_host(moved["host"]), "disk": clock.from_disk(moved["disk"]) if moved["disk"] else 0.0}
+    return StepTime(parts, moves, moved, clock.in_a_step)
+
+
+def _passes(config: RunConfig) -> int:
+    """How often a step goes through a frozen weight: forward, again for what was not kept, and backward."""
+    return (2 + config.gradient_checkpointing) * config.gradient_accumulation_steps
+
+
+def _fired_numbers(estimate: Estimate, share: float) -> int:
+    """Numbers of the rows that a step updates, each row being as likely as any other to fire for a token."""
+    config = estimate.config
+    if config.method != "meft":
+        return 0
+    sizes = meft_config(config).sizes
+    num_tokens = share * estimate.num_tokens * config.gradient_accumulation_steps
+    fired: float = 1 - (1 - sizes.top_k / sizes.r) ** num_tokens
+    return round(fired * estimate.state.row_bytes / _NUMBER_BYTES)

@@ -1,0 +1,140 @@
+"""A plan as people read it: a column for each method, and sentences below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from metier.planning.estimate import KINDS
+from metier.planning.kv_cache import KvCache
+from metier.planning.spelling import count, duration, size
+
+if TYPE_CHECKING:
+    from metier.planning.plan import Plan, Row
+
+LONG = 32_768
+"""Tokens of the sequence for which the KV cache is shown."""
+_AFTER = ("device", "host", "disk", "delta", "TFLOPs", "moved", "step", "in all", "inference", "fits")
+_LINES = ("trained", *KINDS, *_AFTER)
+"""Of the table, from top to bottom."""
+
+
+def _cells(row: Row) -> list[str]:
+    found = row.estimate
+    if found is None:
+        return [*["–"] * (len(_LINES) - 1), row.verdict]
+    trace = found.trace
+    return [
+        count(found.state.num_trained),
+        *("–" if kind == "activations" and trace is None else size(found.device_bytes[kind]) for kind in KINDS),
+        f"{'> ' if trace is None else ''}{size(found.total_device_bytes)}",
+        size(found.host_bytes),
+        size(found.disk_bytes),
+        size(found.delta_bytes),
+        "–" if trace is None else f"{(trace.flops('forward') + trace.flops('backward')) / 1e12:,.3g}",
+        *_time_cells(row),
+        "–" if found.added_at_inference is None else f"+{found.added_at_inference:.0%}",
+        row.verdict,
+    ]
+
+
+def _time_cells(row: Row) -> list[str]:
+    """Bytes that come from another tier in a step, the step's time, and that of all steps where their number is known.
+
+    A step of the optimizer is meant, with all batches whose gradients it sums up.
+    """
+    if row.time is None:
+        return ["–"] * 3
+    in_all = "–" if row.config.max_steps is None else duration(row.config.max_steps * row.time.seconds)
+    return [size(sum(row.time.moved_bytes.values())), duration(row.time.seconds), in_all]
+
+
+def shown(plan: Plan) -> Group:
+    """For a terminal."""
+    return Group(_table(plan), *_remarks(plan))
+
+
+def _table(plan: Plan) -> Table:
+    table = Table(title=_title(plan), title_justify="left")
+    table.add_column("at the peak of a step")
+    for row in plan.rows:
+        table.add_column(row.config.method, justify="right")
+    cells = [_cells(row) for row in plan.rows]
+    for number, name in enumerate(_LINES):
+        table.add_row(name, *(column[number] for column in cells), end_section=name in ("trained", KINDS[-1], "disk"))
+    return table
+
+
+def _title(plan: Plan) -> str:
+    memory = f"{size(plan.budget.device_bytes)} of memory"
+    if plan.budget.host_bytes is not None:
+        memory = f"{size(plan.budget.device_bytes)} on the device, {size(plan.budget.host_bytes)} on the host"
+    runtime = f"; {size(plan.budget.runtime_bytes)} of it is the process's own"
+    return f"{plan.rows[0].config.model}: {memory}{runtime if plan.budget.runtime_bytes else ''}"
+
+
+def _remarks(plan: Plan) -> Iterable[Text]:
+    best = plan.recommended
+    if best is not None:
+        yield Text(f"{best.config.method} fits, and had the highest score of what fits where we measured.")
+        deltas = {row.config.method: row.estimate.delta_bytes for row in plan.rows if row.fits and row.estimate}
+        smallest = min(deltas, key=lambda method: deltas[method])
+        if smallest != best.config.method:
+            yield Text(f"The smallest delta is that of {smallest}: {size(deltas[smallest])}.")
+    for row in plan.rows:
+        name = row.config.method
+        if row.change is not None:
+            total = row.change.estimate.total_device_bytes + plan.budget.runtime_bytes
+            yield Text(f"{name} fits with {row.change}: {size(total)}.")
+        elif row.lacking_bytes:
+            yield Text(f"{name} lacks {size(row.lacking_bytes)}; no change that is known here makes it fit.")
+        elif row.why_not:
+            yield Text(f"{name}: {row.why_not}")
+    bottlenecks: dict[str, list[str]] = {}
+    for row in plan.rows:
+        if row.time is not None:
+            bottlenecks.setdefault(row.time.bottleneck, []).append(row.config.method)
+    if bottlenecks:
+        said = "; ".join(f"{', '.join(methods)}: {part}" for part, methods in bottlenecks.items())
+        yield Text(f"What most of a step's time goes to: {said}.")
+    for row in plan.rows:
+        if row.spread is not None:
+            yield Text(f"{row.config.method}, from one half of the profile to the other: {row.spread}.")
+    if plan.why_no_time:
+        yield Text(f"Seconds are not known: {plan.why_no_time}")
+    if plan.kv_cache is not None:
+        yield Text(_cache_in_words(plan.kv_cache))
+        yield from _serving(plan, plan.kv_cache)
+    yield from (Text(f"Assumed: {assumption}", style="dim") for assumption in plan.assumptions)
+
+
+def _serving(plan: Plan, cache: KvCache) -> Iterable[Text]:
+    """How many sequences and deltas fit beside each other on the device that runs are planned for."""
+    known = {row.config.method: row.estimate for row in plan.rows if row.estimate is not None}
+    deltas = {method: found.delta_bytes for method, found in known.items() if method != "full"}
+    if not known or not cache.token_bytes:
+        return
+    weights = next(iter(known.values())).state.base_bytes
+    memory = max(0, plan.budget.device_bytes - plan.budget.runtime_bytes)
+    fitting = cache.num_sequences_that_fit(memory, LONG, weights_bytes=weights)
+    said = f"Serving on it, the base takes {size(weights)} and leaves room for {fitting:,} such sequences"
+    if deltas and fitting:
+        smallest = min(deltas, key=lambda method: deltas[method])
+        number = cache.num_deltas_that_fit(
+            memory, LONG, num_sequences=1, weights_bytes=weights, delta_bytes=max(1, deltas[smallest])
+        )
+        said += f", or for one and {number:,} deltas of {smallest}"
+    yield Text(f"{said}.")
+
+
+def _cache_in_words(cache: KvCache) -> str:
+    """Of every method alike: none that `metier plan` knows makes a sequence longer."""
+    kinds = ", ".join(dict.fromkeys(str(layer) for layer in cache.layers))
+    return (
+        f"When it generates, whatever the method, the KV cache ({kinds}) takes {size(cache.token_bytes)} a token, "
+        f"{size(cache.bytes_for(LONG))} for a sequence of {LONG:,}."
+    )
