@@ -63,7 +63,7 @@ def test_bytes_are_those_of_the_state_and_the_trace(base):
     assert found.device_bytes["optimizer state"] == 2 * state.trained_bytes
     assert found.device_bytes["frozen weights"] == state.base_bytes
     assert found.trace is not None
-    both = found.device_bytes["activations"] + found.device_bytes["gradients"]
+    both = sum(found.device_bytes[kind] for kind in ("activations", "temporaries", "gradients"))
     assert both == found.trace.peak_bytes
     assert found.delta_bytes == 4 * state.num_trained
     assert dataclasses.replace(found, base_itemsize=2).delta_bytes == 2 * state.num_trained

@@ -188,6 +188,18 @@ def test_many_layers_are_traced_as_fast_as_few(tmp_path):
     assert many.flops("backward") - few.flops("backward") == 100 * a_layer
 
 
+def test_what_the_system_finds_pages_for_is_what_is_large_and_what_is_more_than_before(tmp_path):
+    def segment(layer: int, fresh: int) -> Segment:
+        return Segment("forward", layer, 0, 0, fresh_bytes=fresh, operations=Operations())
+
+    assert StepTrace((segment(0, 3), segment(1, 4)), stands_for=(0, 1, 1)).fresh_bytes == 3 + 2 * 4
+    # from a step of a real model: its activations at least, which no earlier step has left room for
+    base = tiny_model("llama", num_hidden_layers=NUM_LAYERS).config
+    config = _config("lora", tmp_path, checkpointing=False)
+    trace = trace_step(config, run_skeleton(config, base), BATCH)
+    assert 0.5 * trace.peak().kept_bytes < trace.fresh_bytes < 2 * trace.peak_bytes
+
+
 def test_what_a_batch_has_in_common_cannot_be_traced(tmp_path):
     config = dataclasses.replace(_config("meft", tmp_path, checkpointing=False), meft_semantics="union")
     skeleton = run_skeleton(config, tiny_model("llama").config)
@@ -227,6 +239,7 @@ def test_segments_are_put_together_in_the_order_of_a_step():
     ]  # fmt: skip
     # 1 + 10 + 20 + 3 + 20, then the head's 50 beside them
     assert trace.peak_bytes == 54 + 50
+    assert trace.peak().kept_bytes == 54
     assert trace.kept_bytes == 57 - 18 - 18 - 6
 
 

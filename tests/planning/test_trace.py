@@ -11,7 +11,7 @@ from metier.config import RunConfig
 from metier.methods.wrap import wrap
 from metier.models.moe import moe_layers
 from metier.models.skeleton import skeleton_of
-from metier.planning.trace import Tracer
+from metier.planning.trace import LARGE, Tracer
 from metier.routing.selection import ExpertSelection
 from tiny_models import tiny_model
 
@@ -91,3 +91,15 @@ def test_memory_is_what_is_held_and_the_most_that_was() -> None:
     # a product, a sum, one in place and a sum over all; views move nothing
     assert tracer.operations.count == 4
     assert tracer.operations.bytes_moved == 2 * 8000 + 8000 + 4000 + 4
+
+
+def test_large_blocks_are_counted_each_time_they_are_made_and_small_ones_while_they_are_held() -> None:
+    tracer = Tracer(None)
+    with tracer:
+        for _ in range(3):
+            large = torch.ones(LARGE // 4)
+            small = torch.ones(100)
+            del large
+    assert tracer.memory.made_large == 3 * LARGE
+    assert tracer.memory.live_small == small.nbytes
+    assert tracer.memory.live == small.nbytes

@@ -23,8 +23,10 @@ from metier.planning.step import Batch, trace_step
 from metier.routing.routing_profile import RoutingProfile
 from metier.routing.selection import ExpertSelection
 
-KINDS = ("frozen weights", "fetched weights", "trained weights", "gradients", "optimizer state", "activations")
-"""Of device memory, in the order in which they are shown."""
+TRACED = ("activations", "temporaries")
+KINDS = ("frozen weights", "fetched weights", "trained weights", "gradients", "optimizer state", *TRACED)
+"""Of device memory, in the order in which they are shown. Activations are what is kept for the backward pass;
+temporaries what the part of the step makes that has the peak: a layer, or the output layer with the loss."""
 DEFAULT_LABELLED_SHARE = 0.5
 """Of a record's tokens, those with a loss, where nobody says it."""
 
@@ -164,7 +166,9 @@ class Estimator:
         if isinstance(found, str):
             return dataclasses.replace(known, why_not_traced=found)
         so_far = min(found.peak_bytes, _gradients_at(found.peak(), known.state))
-        device = {**known.device_bytes, "activations": max(0, found.peak_bytes - so_far)}
+        activations = max(0, found.peak().kept_bytes - so_far)
+        temporaries = found.peak_bytes - so_far - activations
+        device = {**known.device_bytes, "activations": activations, "temporaries": temporaries}
         if config.gradient_accumulation_steps == 1:
             device["gradients"] += so_far
         return dataclasses.replace(
@@ -209,7 +213,7 @@ class Estimator:
             "trained weights": state.trained_bytes - (state.row_bytes if is_apart else 0),
             "gradients": self._gradients(config, state),
             "optimizer state": state.optimizer_bytes - (state.row_state_bytes if is_apart else 0),
-            "activations": 0,
+            **dict.fromkeys(TRACED, 0),
         }
         return Estimate(
             config=config,

@@ -32,6 +32,8 @@ class Peak:
     """The moment of a step at which the most is held."""
 
     num_bytes: int
+    kept_bytes: int
+    """Of them, what there was when the part of the step began that has the peak; the rest is that part's own."""
     phase: str
     layer: int | None
     """The layer that the backward pass has come to, or the number of layers where it has come to none; those from the
@@ -58,13 +60,13 @@ class StepTrace:
 
     def peak(self) -> Peak:
         """When the most is held, and how much."""
-        live, most, left = 0, Peak(0, "forward", None), len(self.stands_for)
+        live, most, left = 0, Peak(0, 0, "forward", None), len(self.stands_for)
         for segment in self.repeated():
             if segment.phase == "backward" and segment.layer is not None:
                 left -= 1
             if live + segment.peak_bytes > most.num_bytes:
                 is_backward = segment.phase == "backward"
-                most = Peak(live + segment.peak_bytes, segment.phase, left if is_backward else None)
+                most = Peak(live + segment.peak_bytes, live, segment.phase, left if is_backward else None)
             live += segment.kept_bytes
         return most
 

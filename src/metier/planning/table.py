@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from metier.planning.estimate import KINDS
+from metier.planning.estimate import KINDS, TRACED
 from metier.planning.kv_cache import KvCache
 from metier.planning.spelling import count, duration, size
 
@@ -30,7 +30,7 @@ def _cells(row: Row) -> list[str]:
     trace = found.trace
     return [
         count(found.state.num_trained),
-        *("–" if kind == "activations" and trace is None else size(found.device_bytes[kind]) for kind in KINDS),
+        *("–" if kind in TRACED and trace is None else size(found.device_bytes[kind]) for kind in KINDS),
         f"{'> ' if trace is None else ''}{size(found.total_device_bytes)}",
         size(found.host_bytes),
         size(found.disk_bytes),

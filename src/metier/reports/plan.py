@@ -24,6 +24,7 @@ COLORS = {
     "gradients": "#e08a4f",
     "optimizer state": "#8a6100",
     "activations": "#0a6e5c",
+    "temporaries": "#7cc4b3",
     HOST: "#7a3fa0",
 }
 """Apart for the colour-blind; the order is that of the bars, from the left."""

@@ -21,7 +21,7 @@ from metier.memory.process_memory import ProcessMemory
 from metier.methods.wrap import selects_experts
 from metier.planning.budget import machine_budget, workspace_bytes
 from metier.planning.clock import clock_here
-from metier.planning.estimate import Estimate, Estimator
+from metier.planning.estimate import TRACED, Estimate, Estimator
 from metier.planning.fit import changed, smallest_change
 from metier.planning.machine import fingerprint
 from metier.planning.spelling import size
@@ -90,7 +90,7 @@ class Foresight:
         times = self._times(found, items)
         own_bytes = self._workspace_bytes + max(self._own_bytes, _held_beside_base(found))
         return {
-            "activation_bytes": found.device_bytes["activations"],
+            "activation_bytes": sum(found.device_bytes[kind] for kind in TRACED),
             "peak_memory_bytes": found.total_device_bytes + found.host_bytes + own_bytes,
             "workspace_bytes": self._workspace_bytes,
             "forward_flops": found.trace.flops("forward"),
