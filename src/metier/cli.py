@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -254,11 +255,16 @@ def plan(
     planned.
     """
     if calibrate:
+        from metier.errors import ConfigError
         from metier.planning.learning import calibrate as learn_anew
 
         _print(learn_anew(runs))
         if run is None and not context.args:
+            if any(x is not None for x in (method, device_memory, host_memory, output, chart, device, profile)):
+                raise ConfigError("plan: --calibrate without a run plans nothing. Name the run, or its --model.")
             return
+    # transformers renames options that PEFT and TRL still use; a user can do nothing about it
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     config = _run_config(context, run, not_needed={"dataset": "-", "output_dir": "-"})
     from metier.planning.plan import METHODS
     from metier.planning.plan import plan as plan_runs

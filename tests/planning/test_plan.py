@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 from pathlib import Path
 
@@ -304,6 +305,7 @@ def test_seconds_of_a_step_and_of_all_and_what_they_go_to_are_shown(base):
     assert all(row.time is not None and row.time.seconds > 0 for row in made.rows)
     run = made.as_dict()["runs"][0]
     assert run["step_seconds"] == made.rows[0].time.seconds
+    assert run["seconds_in_all"] == 600 * run["step_seconds"]
     assert sum(run["seconds_by_part"].values()) == pytest.approx(run["step_seconds"])
     shown = _as_text(made)
     assert "│ step" in shown
@@ -314,7 +316,9 @@ def test_seconds_of_a_step_and_of_all_and_what_they_go_to_are_shown(base):
 
 def test_another_device_has_its_own_seconds_and_memory(base):
     made = plan(_run(base), device="rtx-4090")
-    assert made.budget.device_bytes == 24 << 30
+    assert made.budget.device_bytes == 24_564 * MIB
+    assert made.as_dict()["device"] == "rtx-4090"
+    assert "nothing was measured on a GPU" in " ".join(_as_text(made).split())
     assert made.budget.host_bytes is not None
     assert made.budget.runtime_bytes == 0
     slower = plan(_run(base), device="t4")
@@ -322,6 +326,16 @@ def test_another_device_has_its_own_seconds_and_memory(base):
     assert plan(_run(base), device="t4", device_memory="1GiB").budget.device_bytes == 1 << 30
     with pytest.raises(ConfigError, match="device: got 'voodoo'"):
         plan(_run(base), device="voodoo")
+
+
+def test_a_machine_that_is_busy_is_told_of(base, monkeypatch, tmp_path):
+    monkeypatch.setenv("METIER_CACHE", str(tmp_path))
+    monkeypatch.setattr("metier.planning.machine.reference", lambda: (1.0, 0.2))
+    made = plan(_run(base))
+    assert "Others took this machine's cores" in _as_text(made)
+    assert made.as_dict()["machine_was_busy"]
+    monkeypatch.setattr("metier.planning.machine.reference", lambda: (1.0, 1.0))
+    assert "Others took" not in _as_text(plan(_run(base)))
 
 
 def test_without_a_name_nothing_is_said_of_a_devices_seconds(base):
@@ -357,8 +371,17 @@ def test_calibrating_learns_from_runs_and_plans_nothing(tmp_path, monkeypatch):
     assert clock.in_a_step == pytest.approx(1.5)
 
 
+def test_calibrating_alone_with_what_only_a_plan_has_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("METIER_CACHE", str(tmp_path / "cache"))
+    done = CliRunner().invoke(app, ["plan", "--calibrate", "--runs", str(tmp_path), "--method", "all"])
+    assert done.exit_code != 0
+    assert "plans nothing" in str(done.exception)
+
+
 def test_calibrating_before_a_plan_measures_anew(base, tmp_path, monkeypatch):
     monkeypatch.setenv("METIER_CACHE", str(tmp_path / "cache"))
+    seconds = itertools.count(1.0)
+    monkeypatch.setattr("metier.planning.machine.reference", lambda: (next(seconds), 1.0))
     plan(_run(base))
     (kept,) = (tmp_path / "cache").iterdir()
     old = json.loads(kept.read_text())
@@ -386,7 +409,7 @@ def test_what_fits_beside_each_other_when_serving_is_said(base):
     assert "Serving on it, the base takes " in shown
     cache = kv_cache(tiny_model("deepseek_v2").config, dtype=torch.float32)
     state = _estimator(base)(_run(base)).state
-    fitting = cache.num_sequences_that_fit(16 << 30, 32_768, weights_bytes=state.base_bytes)
+    fitting = cache.num_sequences_that_fit(15 << 30, 32_768, weights_bytes=state.base_bytes)
     assert f"leaves room for {fitting:,} such sequences, or for one and " in shown
 
 

@@ -16,7 +16,7 @@ from metier.config import RunConfig
 from metier.errors import SelectionError
 from metier.planning.estimate import Estimator
 from metier.planning.plan import plan
-from metier.planning.routes import assumed_chances, chances_of
+from metier.planning.routes import assumed_chances, chances_of, drawn
 from metier.planning.step import Batch
 from metier.routing.routing_profile import RoutingProfile
 from metier.routing.selection import ExpertSelection
@@ -94,6 +94,26 @@ def test_of_other_selections_nothing_is_known(keys: dict[str, object]) -> None:
     assert "as likely as any other" in said
 
 
+@pytest.mark.parametrize(
+    ("shares_E", "top_k", "expected"),
+    [
+        ([0.25, 0.25, *[0.5 / 14] * 14], 4, [1.0, 1.0, *[2 / 14] * 14]),
+        ([0.1] * 6 + [0.4 / 58] * 58, 6, [0.6] * 6 + [2.4 / 58] * 58),
+        # more than a place with every token nobody can have; the others share what is left
+        ([0.7, 0.1, 0.1, 0.1], 2, [1.0, 1 / 3, 1 / 3, 1 / 3]),
+        ([0.25] * 4, 4, [1.0] * 4),
+    ],
+)
+def test_experts_get_their_shares_and_a_token_none_twice(
+    shares_E: list[float], top_k: int, expected: list[float]
+) -> None:
+    ids_TK = drawn(torch.tensor(shares_E), 4000, top_k, torch.Generator().manual_seed(0))
+    assert all(len(set(row)) == top_k for row in ids_TK.tolist())
+    counts_E = torch.bincount(ids_TK.flatten(), minlength=len(shares_E))
+    assert counts_E.sum() == 4000 * top_k
+    torch.testing.assert_close(counts_E / 4000, torch.tensor(expected), rtol=0.1, atol=0.02)
+
+
 def test_of_a_profile_the_experts_are_selected_and_the_routes_drawn() -> None:
     likely, unlikely = (Estimator(BASE, profile=profile(shares(share), shares(share))) for share in (0.6, 0.25))
     wanted = config(select_top_k=1)
@@ -121,6 +141,20 @@ def test_a_profile_of_another_model_is_refused() -> None:
     )
     with pytest.raises(SelectionError, match=r"profile: got layers \[0, 9\] of 3 experts, expected layers"):
         Estimator(BASE, profile=other)(config(select_top_k=1), BATCH)
+
+
+def test_a_profile_is_refused_where_there_are_no_such_experts() -> None:
+    measured = profile(shares(0.5), shares(0.5))
+    with pytest.raises(SelectionError, match="expected layers"):
+        Estimator(tiny_model("llama").config, profile=measured)(config(method="lora"), BATCH)
+
+
+def test_a_profile_with_an_empty_half_gives_no_interval(tmp_path: Path) -> None:
+    BASE.save_pretrained(tmp_path)
+    wanted = config(model=str(tmp_path), method="lora", max_length=64)
+    (row,) = plan(wanted, profile=profile(shares(0.5), [0.0] * NUM_EXPERTS)).rows
+    assert row.spread is None
+    assert row.estimate is not None
 
 
 def test_what_differs_between_halves_is_an_interval(tmp_path: Path) -> None:

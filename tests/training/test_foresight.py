@@ -175,10 +175,12 @@ def test_where_too_little_memory_is_free_nothing_is_measured(config, monkeypatch
 def test_what_was_measured_with_is_no_part_of_the_peak(config, monkeypatch, tmp_path):
     monkeypatch.setenv("METIER_CACHE", str(tmp_path / "cache"))
     kept = Foresight(config, tiny_model("deepseek_v2").config, force=False)
-    found = kept._estimator(config)
     items = [Encoded(input_ids=[7] * 9, labels=[7] * 9, origin="t")] * 4
     before = module.peak_memory_bytes()
-    assert kept._times(found, items)["step_seconds"] > 0
+    times = kept._times(config, items, 0)
+    assert times["train_seconds"] == pytest.approx(2 * times["step_seconds"])
+    left = kept._times(config, items, 1)
+    assert left["train_seconds"] == left["step_seconds"]
     # a hundred megabytes of weights and rows are measured with
     assert kept.peak_memory_bytes() < before + (64 << 20)
 

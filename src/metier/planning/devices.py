@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +27,7 @@ class Device:
     """Of its bus, bytes a second each way."""
     source: str
     launch_seconds: float = 10e-6
-    """Of a kernel from PyTorch: what its Python and dispatcher take."""
-    allocation_bytes: int = 512
-    """PyTorch's CUDA allocator rounds sizes up to multiples."""
+    """Of a kernel from PyTorch, what its Python and dispatcher take: an assumption."""
 
     @property
     def bandwidth(self) -> float:
@@ -46,28 +45,34 @@ class Device:
 
 
 def _device(
-    name: str, gib: int, bandwidth: float, bf16: float, fp32: float, bus: float, source: str
+    name: str, mib: int, bandwidth: float, half: float, fp32: float, bus: float, source: str, *, has_bf16: bool = True
 ) -> tuple[str, Device]:
-    """In GB and TFLOP a second."""
-    rates = {torch.bfloat16: bf16 * 1e12, torch.float16: bf16 * 1e12, torch.float32: fp32 * 1e12}
-    return name, Device(name, gib << 30, bandwidth * 1e9, rates, bus * 1e9, source)
+    """In MiB as its driver says them, GB and TFLOP a second; `half` is the rate of numbers of 16 bits."""
+    rates = {torch.bfloat16: half * 1e12, torch.float16: half * 1e12, torch.float32: fp32 * 1e12}
+    if not has_bf16:
+        del rates[torch.bfloat16]
+    return name, Device(name, mib << 20, bandwidth * 1e9, rates, bus * 1e9, source)
 
 
 DEVICES = dict(
     (
-        _device("a100-40gb", 40, 1555, 312, 19.5, 32, "NVIDIA A100 datasheet"),
-        _device("a100-80gb", 80, 2039, 312, 19.5, 32, "NVIDIA A100 datasheet, SXM"),
-        _device("h100", 80, 3350, 989, 67, 64, "NVIDIA H100 datasheet, SXM"),
-        _device("h200", 140, 4800, 989, 67, 64, "NVIDIA H200 datasheet"),
-        _device("l4", 24, 300, 121, 30.3, 32, "NVIDIA L4 datasheet"),
-        _device("l40s", 48, 864, 362, 91.6, 32, "NVIDIA L40S datasheet"),
-        _device("a10g", 24, 600, 70, 35, 32, "AWS and NVIDIA A10G datasheets"),
-        _device("t4", 16, 320, 65, 8.1, 16, "NVIDIA T4 datasheet; float16, it has no bfloat16"),
-        _device("rtx-3090", 24, 936, 71, 35.6, 32, "NVIDIA Ampere GA102 whitepaper, accumulation in float32"),
-        _device("rtx-4090", 24, 1008, 165, 82.6, 32, "NVIDIA Ada whitepaper, accumulation in float32"),
-        _device("rtx-5090", 32, 1792, 209, 104.8, 64, "NVIDIA Blackwell whitepaper, accumulation in float32"),
+        _device("a100-40gb", 40_960, 1555, 312, 19.5, 32, "NVIDIA A100 datasheet"),
+        _device("a100-80gb", 81_920, 2039, 312, 19.5, 32, "NVIDIA A100 datasheet, SXM"),
+        _device("h100", 81_559, 3350, 989, 67, 64, "NVIDIA H100 datasheet, SXM"),
+        _device("h200", 143_771, 4800, 989, 67, 64, "NVIDIA H200 datasheet"),
+        _device("l4", 23_034, 300, 121, 30.3, 32, "NVIDIA L4 datasheet"),
+        _device("l40s", 46_068, 864, 362, 91.6, 32, "NVIDIA L40S datasheet"),
+        _device("a10g", 23_028, 600, 70, 35, 32, "AWS and NVIDIA A10G datasheets"),
+        _device("t4", 15_360, 320, 65, 8.1, 16, "NVIDIA T4 datasheet", has_bf16=False),
+        _device("rtx-3090", 24_576, 936, 71, 35.6, 32, "NVIDIA Ampere GA102 whitepaper, accumulation in float32"),
+        _device("rtx-4090", 24_564, 1008, 165, 82.6, 32, "NVIDIA Ada whitepaper, accumulation in float32"),
+        _device("rtx-5090", 32_607, 1792, 209, 104.8, 64, "NVIDIA Blackwell whitepaper, accumulation in float32"),
     )
 )
+
+
+_OTHERS = {"laptop", "pcie", "nvl", "mig", "max", "ti", "super", "d"}
+"""Words in the names of devices that are slower, or smaller, than those with these figures."""
 
 
 def device_of(name: str) -> Device:
@@ -84,6 +89,8 @@ def device_of(name: str) -> Device:
 
 def device_called(full_name: str) -> Device | None:
     """The accelerator that torch calls so, such as "NVIDIA GeForce RTX 4090"; None where it is not known."""
-    said = full_name.lower().replace(" ", "-")
-    fitting = [name for name in DEVICES if all(part in said for part in name.split("-"))]
+    words = re.split(r"[\s-]+", full_name.lower())
+    if any(word in _OTHERS for word in words):
+        return None
+    fitting = [name for name in DEVICES if all(part in words for part in name.split("-"))]
     return DEVICES[max(fitting, key=len)] if fitting else None

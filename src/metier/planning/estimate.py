@@ -196,8 +196,13 @@ class Estimator:
     def _gradients(self, config: RunConfig, state: TrainingPlan) -> int:
         """That there are from step to step, or from batch to batch; rows on disk have theirs there too."""
         of_rows = sum(row.row_gradient_bytes for row in state.rows)
-        kept = 0 if config.meft_store == "disk" and not self.has_host else of_rows
+        kept = of_rows - self._gradients_on_disk(config, state)
         return kept if config.gradient_accumulation_steps == 1 else state.gradient_bytes - of_rows + kept
+
+    def _gradients_on_disk(self, config: RunConfig, state: TrainingPlan) -> int:
+        if config.meft_store != "disk" or self.has_host:
+            return 0
+        return sum(row.row_gradient_bytes for row in state.rows)
 
     def _state(self, config: RunConfig) -> Estimate:
         skeleton = run_skeleton(config, self.base, self.profile)
@@ -222,7 +227,8 @@ class Estimator:
             why_not_traced="",
             device_bytes=device,
             host_bytes=stored * (config.base_store == "host") + rows * (config.meft_store == "host"),
-            disk_bytes=stored * (config.base_store == "disk") + rows * (config.meft_store == "disk"),
+            disk_bytes=stored * (config.base_store == "disk")
+            + (rows + self._gradients_on_disk(config, state)) * (is_apart and config.meft_store == "disk"),
             base_itemsize=skeleton.model.dtype.itemsize,
             hidden_size=self.base.get_text_config().hidden_size,
             assumptions=(*skeleton.assumptions, said),

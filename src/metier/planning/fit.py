@@ -37,6 +37,13 @@ class Budget:
             return max(0, device + estimate.host_bytes - self.device_bytes)
         return max(0, device - self.device_bytes) + max(0, estimate.host_bytes - self.host_bytes)
 
+    def free_bytes(self, estimate: Estimate) -> int:
+        """That a run leaves of the memory beside which its disk is."""
+        if self.host_bytes is not None:
+            return max(0, self.host_bytes - estimate.host_bytes)
+        taken = estimate.total_device_bytes + estimate.host_bytes + self.runtime_bytes
+        return max(0, self.device_bytes - taken)
+
     def fits(self, estimate: Estimate) -> bool:
         return self.lacking_bytes(estimate) == 0
 

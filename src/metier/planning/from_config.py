@@ -13,7 +13,7 @@ from metier.config import RunConfig
 from metier.errors import ConfigError
 from metier.memory.frozen_model import StoredSizes, stored_sizes
 from metier.methods.wrap import selects_experts, wrap
-from metier.models.moe import moe_layers
+from metier.models.moe import is_dense, moe_layers
 from metier.models.skeleton import model_config, skeleton_of
 from metier.planning.routes import check_profile
 from metier.planning.state import TrainingPlan, training_plan
@@ -66,6 +66,9 @@ def run_skeleton(
         base = model_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     bare = skeleton_of(base, name=config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    if profile is not None:
+        layers = {} if is_dense(bare) else {layer.index: layer.num_experts for layer in moe_layers(bare)}
+        check_profile(profile, layers)
     stored = stored_sizes(bare, config.base_store, config.base_format) if config.has_frozen_base else None
     selection, assumptions = _selection(bare, config, profile) if selects_experts(config) else (None, ())
     with torch.device("meta"):
@@ -83,7 +86,6 @@ def _selection(
         return selection, ()
     layers = moe_layers(bare)
     if profile is not None and not config.minus_general:
-        check_profile(profile, {layer.index: layer.num_experts for layer in layers})
         wanted = selection_config(config)
         sizes = expert_bytes(bare) if wanted.budget_bytes is not None else None
         return select(profile, wanted, expert_bytes=sizes), ()

@@ -13,20 +13,23 @@ from metier.errors import ConfigError
 from metier.planning.clock import IN_A_STEP, PARTS
 from metier.planning.machine import Machine, fingerprint
 
+_LEAST, _MOST = 0.7, 3.0
+"""What operations may take in a step over what they take by themselves; anything else was measured wrongly."""
+
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """The medians of former runs."""
+    """What former runs have in common."""
 
     num_runs: int
     in_a_step: float
-    """As `clock.IN_A_STEP`."""
+    """As `clock.IN_A_STEP`: the median."""
     workspace_bytes: int
-    """As `plan.WORKSPACE_BYTES`."""
+    """As `budget.WORKSPACE_BYTES`: of four runs, three took less."""
 
 
 def calibrate(runs: Path) -> str:
-    """Forget what was measured of this machine, so that the next plan does it again; learn from runs, if there are any.
+    """Learn from former runs; without any, forget what was measured here, so that the next plan does it again.
 
     Args:
         runs: their folder.
@@ -35,17 +38,24 @@ def calibrate(runs: Path) -> str:
         What came of it, in words.
     """
     machine = Machine.load()
-    machine.forget_times()
     try:
         lesson = learn(machine, runs)
     except ConfigError as error:
+        machine.forget()
         machine.save()
         return f"This machine will be measured anew. {error}"
+    if not _LEAST <= lesson.in_a_step <= _MOST:
+        machine.forget()
+        machine.save()
+        return (
+            f"This machine will be measured anew: by {lesson.num_runs} runs in {runs} operations would take "
+            f"{lesson.in_a_step:.2f} times as long in a step as they were measured by themselves."
+        )
     machine.save()
     return (
-        f"This machine will be measured anew. {lesson.num_runs} runs in {runs} say that operations take "
-        f"{lesson.in_a_step:.2f} times as long in a step as by themselves (without runs {IN_A_STEP} is assumed), and "
-        f"that {lesson.workspace_bytes / 2**20:.0f} MiB are taken beside tensors."
+        f"{lesson.num_runs} runs in {runs} say that operations take {lesson.in_a_step:.2f} times as long in a step as "
+        f"by themselves (without runs {IN_A_STEP} is assumed), and that {lesson.workspace_bytes / 2**20:.0f} MiB are "
+        "taken beside tensors."
     )
 
 
@@ -66,13 +76,14 @@ def learn(machine: Machine, folder: Path) -> Lesson:
             "expected a folder of runs, each with a plan.json that `metier train` wrote. Train one, then calibrate."
         )
     factors, workspaces = zip(*(_lesson(*run) for run in runs), strict=True)
-    lesson = Lesson(len(runs), median(factors), max(0, round(median(workspaces))))
+    upper = sorted(workspaces)[3 * (len(runs) - 1) // 4 + (len(runs) > 1)]
+    lesson = Lesson(len(runs), median(factors), max(0, round(upper)))
     machine.learned = {
         "num_runs": lesson.num_runs,
         "in_a_step": lesson.in_a_step,
         "workspace_bytes": lesson.workspace_bytes,
     }
-    machine.is_changed = True
+    machine.is_changed = machine.has_learned = True
     return lesson
 
 
@@ -82,7 +93,11 @@ def _runs(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
             content = json.loads(path.read_text(encoding="utf-8"))
             foreseen, measured = content["predicted"], content["measured"]
             # a run that waited for its disk says nothing of what it computed
-            has_computed = foreseen["bottleneck"] in PARTS and foreseen["operation_seconds"] > 0
+            has_computed = (
+                not foreseen.get("machine_was_busy")
+                and foreseen["bottleneck"] in PARTS
+                and foreseen["operation_seconds"] > 0
+            )
             if foreseen["machine"] == fingerprint() and has_computed:
                 _lesson(foreseen, measured)
                 yield foreseen, measured

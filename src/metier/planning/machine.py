@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from metier.planning.operation_times import reference
 FOLDER = "METIER_CACHE"
 """The environment's variable that says where such files are."""
 _MOST_REFERENCES = 401
+_QUIET = 0.7
+"""Share of a core that each thread has at least where nobody else is at work."""
+BUSY = "Others took this machine's cores while it was measured. Its seconds may be far too long, and are not kept."
 
 
 @dataclass
@@ -27,7 +31,8 @@ class Machine:
     """Times by name, each measured when it is first asked for.
 
     Others may use the machine too. So one product, the reference, is timed before and after every measurement; what is
-    kept is how many times as long a measurement took, and what the reference usually takes.
+    kept is how many times as long a measurement took, and what the reference usually takes. What is measured while
+    others take the cores is for this process alone: threads that wait for each other may take a hundred times as long.
     """
 
     path: Path | None = None
@@ -38,35 +43,46 @@ class Machine:
     """Seconds of the reference, the last `_MOST_REFERENCES` times."""
     learned: dict[str, float] = field(default_factory=dict)
     """What former runs on this machine taught (`learning.py`)."""
+    passing: dict[str, float] = field(default_factory=dict)
+    """Of `multiples`, those that were measured on a busy machine."""
+    passing_references: list[float] = field(default_factory=list)
     is_changed: bool = False
     """Since it was loaded."""
+    has_learned: bool = False
+    """Since it was loaded."""
+    _has_forgotten: bool = False
+
+    @property
+    def was_busy(self) -> bool:
+        """Whether others had the cores while this process measured something."""
+        return bool(self.passing)
 
     @classmethod
     def load(cls) -> Machine:
         """This machine, with as many threads as torch has now; without times where nothing readable is kept."""
         path = cache_folder() / f"machine-{fingerprint()}.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            multiples, learned = (_numbers(content[name]) for name in ("multiples", "learned"))
-            references = [float(seconds) for seconds in content["reference_seconds"]]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return cls(path)
-        return cls(path, multiples, references, learned)
+        return cls(path, *_read(path))
 
     def seconds(self, name: str, measure: Callable[[], float]) -> float:
         """The time of that name, when the machine is as it usually is."""
-        if name not in self.multiples:
-            before = reference()
-            found = measure()
-            after = reference()
-            self.multiples[name] = 2 * found / (before + after)
-            self.references = [*self.references, before, after][-_MOST_REFERENCES:]
+        if name not in self.multiples and name not in self.passing:
+            (before, share), found, (after, share_after) = reference(), measure(), reference()
+            multiple = 2 * found / (before + after)
+            if min(share, share_after) < _QUIET:
+                self.passing[name] = multiple
+                self.passing_references += [before, after]
+            else:
+                self.multiples[name] = multiple
+                self.references = [*self.references, before, after][-_MOST_REFERENCES:]
             self.is_changed = True
-        return self.multiples[name] * median(self.references)
+        multiple = self.multiples[name] if name in self.multiples else self.passing[name]
+        return multiple * median(self.references or self.passing_references)
 
-    def forget_times(self) -> None:
-        """Measure everything again."""
-        self.multiples, self.references, self.is_changed = {}, [], True
+    def forget(self) -> None:
+        """Measure everything again, and learn it again."""
+        self.multiples, self.references, self.learned = {}, [], {}
+        self.is_changed = self._has_forgotten = True
+        self.passing, self.passing_references = {}, []
 
     def save(self) -> bool:
         """Keep what was measured; whether something was. Where nothing can be written, the next plan measures again."""
@@ -75,6 +91,12 @@ class Machine:
         self.is_changed = False
         if self.path is None:
             return True
+        if not self._has_forgotten:
+            # others may have measured and learned meanwhile
+            multiples, references, learned = _read(self.path)
+            self.multiples = {**multiples, **self.multiples}
+            self.references = self.references or references
+            self.learned = self.learned if self.has_learned else learned
         content = {
             "machine": facts(),
             "reference_seconds": self.references,
@@ -111,8 +133,22 @@ def facts() -> dict[str, str]:
     }
 
 
-def _numbers(found: dict[str, Any]) -> dict[str, float]:
-    return {name: float(number) for name, number in found.items()}
+def _read(path: Path) -> tuple[dict[str, float], list[float], dict[str, float]]:
+    """Multiples, references and what was learned; nothing where the file is not there, or not as it was written."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        multiples, learned = (_numbers(content[name]) for name in ("multiples", "learned"))
+        references = list(_numbers(dict(enumerate(content["reference_seconds"]))).values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}, [], {}
+    return (multiples, references, learned) if references else ({}, [], learned)
+
+
+def _numbers(found: dict[Any, Any]) -> dict[Any, float]:
+    numbers = {name: float(number) for name, number in found.items()}
+    if not all(math.isfinite(number) and number >= 0 for number in numbers.values()):
+        raise ValueError
+    return numbers
 
 
 def fingerprint() -> str:

@@ -30,10 +30,14 @@ _NUMBERS = 1 << 22
 _FILE_BYTES = 64 << 20
 
 
-def reference() -> float:
-    """Seconds of a product of a millisecond or two, which stand for how fast the machine is now."""
+def reference() -> tuple[float, float]:
+    """Seconds of a product of a millisecond or two, and the share of its threads' time that they had a core for."""
     left, right = torch.full((256, 512), 0.5), torch.full((512, 1024), 0.5)
-    return _timed(lambda _: torch.mm(left, right), seconds=0.005)
+    torch.mm(left, right)
+    started, worked = time.perf_counter(), time.process_time()
+    seconds = _timed(lambda _: torch.mm(left, right), seconds=0.01)
+    share = (time.process_time() - worked) / (time.perf_counter() - started) / torch.get_num_threads()
+    return seconds, share
 
 
 def product(dtype: torch.dtype, sizes: Sequence[int]) -> float:

@@ -14,7 +14,7 @@ from rich.console import Group
 from transformers import PreTrainedConfig
 
 from metier.config import RunConfig
-from metier.errors import ConfigError, MetierError, UnsupportedModelError
+from metier.errors import ConfigError, MetierError, SelectionError, UnsupportedModelError
 from metier.models.skeleton import model_config
 from metier.planning.budget import machine_budget
 from metier.planning.clock import Clock, DeviceClock, clock_here
@@ -78,6 +78,10 @@ class Plan:
     budget: Budget
     rows: tuple[Row, ...]
     why_no_time: str = ""
+    was_busy: bool = False
+    """The machine, while its seconds were measured."""
+    device: str | None = None
+    """An accelerator by whose figures the seconds are, not this machine."""
     kv_cache: KvCache | None = None
     """Of the model when it generates; None where its configuration does not say it."""
 
@@ -101,6 +105,8 @@ class Plan:
             "recommended": self.recommended.config.method if self.recommended else None,
             "kv_cache": None if self.kv_cache is None else _cache_as_dict(self.kv_cache),
             "not_timed": self.why_no_time or None,
+            "machine_was_busy": self.was_busy,
+            "device": self.device,
             "runs": [_row_as_dict(row) for row in self.rows],
         }
 
@@ -152,12 +158,12 @@ def plan(
     configs = [config] if methods is None else [_as_method(config, method) for method in methods]
     rows = [_row(each, budget, estimator, alone=len(configs) == 1) for each in configs]
     if clock is not None:
-        rows = [_timed(row, clock) for row in rows]
-    rows = [_spread(row, halves, clock) for row in rows]
+        rows = [_timed(row, clock, budget) for row in rows]
+    rows = [_spread(row, halves, clock, budget) for row in rows]
     if clock is not None:
         clock.save()
     why = "" if clock is not None else "what computes is not this machine's CPU. Name it: --device rtx-4090."
-    return Plan(budget, tuple(rows), why, _cache(base, config))
+    return Plan(budget, tuple(rows), why, clock is not None and clock.was_busy, device, _cache(base, config))
 
 
 def _clock(config: RunConfig, budget: Budget, device: Device | None) -> Clock | None:
@@ -169,10 +175,10 @@ def _clock(config: RunConfig, budget: Budget, device: Device | None) -> Clock | 
     return clock_here(Path(config.output_dir))
 
 
-def _timed(row: Row, clock: Clock) -> Row:
+def _timed(row: Row, clock: Clock, budget: Budget) -> Row:
     if row.estimate is None or row.estimate.trace is None:
         return row
-    return dataclasses.replace(row, time=step_time(row.estimate, clock))
+    return dataclasses.replace(row, time=step_time(row.estimate, clock, free_bytes=budget.free_bytes(row.estimate)))
 
 
 def _cache(base: PreTrainedConfig, config: RunConfig) -> KvCache | None:
@@ -191,14 +197,17 @@ def _cache_as_dict(cache: KvCache) -> dict[str, int]:
     }
 
 
-def _spread(row: Row, halves: Sequence[Estimator], clock: Clock | None) -> Row:
+def _spread(row: Row, halves: Sequence[Estimator], clock: Clock | None, budget: Budget) -> Row:
     if not halves or row.estimate is None or row.estimate.trace is None:
         return row
-    found = [row.estimate, *(estimator(row.config) for estimator in halves)]
+    try:
+        found = [row.estimate, *(estimator(row.config) for estimator in halves)]
+    except SelectionError:  # a half has no tokens: there is no interval
+        return row
     sizes = [one.total_device_bytes for one in found]
     if clock is None:
         return dataclasses.replace(row, spread=Spread((min(sizes), max(sizes)), None))
-    seconds = [step_time(one, clock).seconds for one in found]
+    seconds = [step_time(one, clock, free_bytes=budget.free_bytes(one)).seconds for one in found]
     return dataclasses.replace(row, spread=Spread((min(sizes), max(sizes)), (min(seconds), max(seconds))))
 
 
@@ -227,11 +236,12 @@ def _as_method(config: RunConfig, method: str) -> RunConfig:
 
 
 def _row_as_dict(row: Row) -> dict[str, Any]:
-    known = {} if row.estimate is None else row.estimate.as_dict()
+    known, max_steps = {} if row.estimate is None else row.estimate.as_dict(), row.config.max_steps
     return {
         "method": row.config.method,
         **known,
         **({} if row.time is None else row.time.as_dict()),
+        "seconds_in_all": None if row.time is None or max_steps is None else max_steps * row.time.seconds,
         "spread": None if row.spread is None else dataclasses.asdict(row.spread),
         "fits": row.fits,
         "lacking_bytes": row.lacking_bytes,

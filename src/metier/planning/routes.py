@@ -46,6 +46,36 @@ def assumed_chances(config: RunConfig, selection: ExpertSelection | None) -> tup
     return chances, f"The selected experts of a layer have {top_p:.0%} of its routes, as top_p says."
 
 
+def drawn(shares_E: Tensor, num_tokens: int, top_k: int, generator: torch.Generator) -> Tensor:
+    """Each token's experts, int64, (T, K): each expert gets its share of all routes, or a place with every token.
+
+    Systematic sampling: a token's experts lie in an order of its own on a line, each as long as it is likely, and are
+    taken at K points one apart. One by one, without putting back, likely experts would get less than their share.
+    """
+    inclusion_E = _at_most_once(shares_E.double() / shares_E.sum(), top_k)
+    order_TE = torch.rand(num_tokens, len(shares_E), generator=generator).argsort(dim=-1)
+    ends_TE = inclusion_E[order_TE].cumsum(dim=-1)
+    ends_TE[:, -1] = top_k
+    first_T1 = torch.rand(num_tokens, 1, generator=generator, dtype=torch.float64)
+    points_TK = first_T1 + torch.arange(top_k)
+    return order_TE.gather(1, torch.searchsorted(ends_TE, points_TK, right=True).clamp_max(len(shares_E) - 1))
+
+
+def _at_most_once(shares_E: Tensor, top_k: int) -> Tensor:
+    """How likely each expert is to be among a token's; what is over 1 goes to the others in proportion."""
+    inclusion_E = top_k * shares_E
+    for _ in range(top_k):
+        is_over_E = inclusion_E >= 1
+        left = top_k - int(is_over_E.sum())
+        rest = inclusion_E[~is_over_E].sum()
+        if not is_over_E.any() or rest == 0:
+            break
+        inclusion_E = torch.where(is_over_E, 1.0, inclusion_E * (left / rest))
+        if (inclusion_E <= 1 + 1e-9).all():
+            break
+    return inclusion_E.clamp_max(1.0)
+
+
 def check_profile(profile: RoutingProfile, layers: Mapping[int, int]) -> None:
     """Refuse a profile of another model.
 

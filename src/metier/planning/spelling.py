@@ -15,7 +15,7 @@ def size(num_bytes: int) -> str:
     """In binary units, three digits."""
     amount = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1000:
+        if amount < 999.5:
             return f"{amount:.3g} {unit}" if num_bytes else "0"
         amount /= 1024
     return f"{amount:,.3g} TiB"

@@ -31,7 +31,7 @@ from metier.models.layers import layer_stacks
 from metier.models.load import first_line
 from metier.models.moe import MoELayer, is_dense, moe_layers
 from metier.planning.from_config import Skeleton
-from metier.planning.routes import Chances
+from metier.planning.routes import Chances, drawn
 from metier.planning.segments import Segment, StepTrace
 from metier.planning.trace import Operations, Tracer
 
@@ -203,8 +203,11 @@ def _route(layers: Sequence[MoELayer], batch: Batch, chances: Chances, seed: int
     hooks = []
     for layer in layers:
         generator = torch.Generator().manual_seed(seed + layer.index)
-        chances_TE = chances.get(layer.index, torch.ones(layer.num_experts)).expand(num_tokens, -1)
-        expert_ids_TK = torch.multinomial(chances_TE, layer.top_k, generator=generator)
+        if layer.index in chances:
+            expert_ids_TK = drawn(chances[layer.index], num_tokens, layer.top_k, generator)
+        else:
+            chances_TE = torch.ones(num_tokens, layer.num_experts)
+            expert_ids_TK = torch.multinomial(chances_TE, layer.top_k, generator=generator)
         hooks.append(layer.entry.register_forward_pre_hook(_with_routes(expert_ids_TK)))
 
     def remove() -> None:

@@ -9,8 +9,8 @@ from metier.methods.wrap import meft_config
 from metier.planning.clock import OPERATIONS, Clock
 from metier.planning.estimate import Estimate
 
-_NUMBER_BYTES = 4
-"""Of a number in a row that is trained."""
+_GRADIENT_BYTES = 4
+"""Of a number in a row that is trained, whatever the row's own are."""
 _BYTES_OF = {"int8": 1, "nf4": 0.5}
 """Of a frozen number, its part of a scale left out."""
 
@@ -58,20 +58,21 @@ class StepTime:
         }
 
 
-def step_time(estimate: Estimate, clock: Clock, *, share: float = 1.0) -> StepTime:
+def step_time(estimate: Estimate, clock: Clock, *, free_bytes: int = 0) -> StepTime:
     """What a step takes.
 
     Args:
-        estimate: with a trace.
+        estimate: with a trace, of a batch as most are.
         clock: of what it runs on.
-        share: of the traced batch's tokens that a batch has on the average.
+        free_bytes: of memory that a run leaves; what is on disk and has room there is read once, and not in every step.
     """
     assert estimate.trace is not None, "asked for only where the step was traced"
     config, state = estimate.config, estimate.state
     batches = config.gradient_accumulation_steps
-    parts = {part: share * batches * seconds for part, seconds in clock.passes(estimate.trace).items()}
-    fired = _fired_numbers(estimate, share)
-    parts["optimizer"] = clock.optimizer(state.num_trained - state.row_bytes // _NUMBER_BYTES, fired)
+    parts = {part: batches * seconds for part, seconds in clock.passes(estimate.trace).items()}
+    in_rows = sum(row.row_gradient_bytes for row in state.rows) // _GRADIENT_BYTES
+    fired = _fired_share(estimate)
+    parts["optimizer"] = clock.optimizer(state.num_trained - in_rows, round(fired * in_rows))
     stored = state.stored_bytes if config.base_store != "device" else 0
     if config.base_format is not None:
         numbers = int(state.stored_bytes / _BYTES_OF[config.base_format])
@@ -81,12 +82,13 @@ def step_time(estimate: Estimate, clock: Clock, *, share: float = 1.0) -> StepTi
         moved[config.base_store] += _passes(config) * stored
     if config.method == "meft" and config.meft_store != "device":
         # rows and their gradients; a disk also has what the optimizer reads and writes, unless memory has room for it
-        rows = _NUMBER_BYTES * fired
-        moved[config.meft_store] += 2 * rows
+        moved[config.meft_store] += round(fired * (state.row_bytes + _GRADIENT_BYTES * in_rows))
         if config.meft_store == "disk":
-            moved["disk"] += 2 * (rows + state.row_state_bytes * rows // max(1, state.row_bytes))
+            moved["disk"] += 2 * round(fired * (state.row_bytes + state.row_state_bytes))
     if not clock.has_host:
         moved["host"] = 0
+    if estimate.disk_bytes <= free_bytes:
+        moved["disk"] = 0
     moves = {"host": clock.from_host(moved["host"]), "disk": clock.from_disk(moved["disk"]) if moved["disk"] else 0.0}
     return StepTime(parts, moves, moved, clock.in_a_step)
 
@@ -96,12 +98,12 @@ def _passes(config: RunConfig) -> int:
     return (2 + config.gradient_checkpointing) * config.gradient_accumulation_steps
 
 
-def _fired_numbers(estimate: Estimate, share: float) -> int:
-    """Numbers of the rows that a step updates, each row being as likely as any other to fire for a token."""
+def _fired_share(estimate: Estimate) -> float:
+    """Of a sparse adapter's rows, those that a step updates, each being as likely as any other to fire for a token."""
     config = estimate.config
     if config.method != "meft":
-        return 0
+        return 0.0
     sizes = meft_config(config).sizes
-    num_tokens = share * estimate.num_tokens * config.gradient_accumulation_steps
-    fired: float = 1 - (1 - sizes.top_k / sizes.r) ** num_tokens
-    return round(fired * estimate.state.row_bytes / _NUMBER_BYTES)
+    num_tokens = estimate.num_tokens * config.gradient_accumulation_steps
+    unused: float = (1 - sizes.top_k / sizes.r) ** num_tokens
+    return 1 - unused

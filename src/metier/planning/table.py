@@ -9,8 +9,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from metier.planning.devices import REACHED_BANDWIDTH, REACHED_RATE
 from metier.planning.estimate import KINDS, TRACED
 from metier.planning.kv_cache import KvCache
+from metier.planning.machine import BUSY
+from metier.planning.segments import StepTrace
 from metier.planning.spelling import count, duration, size
 
 if TYPE_CHECKING:
@@ -35,11 +38,17 @@ def _cells(row: Row) -> list[str]:
         size(found.host_bytes),
         size(found.disk_bytes),
         size(found.delta_bytes),
-        "–" if trace is None else f"{(trace.flops('forward') + trace.flops('backward')) / 1e12:,.3g}",
+        "–" if trace is None else _teraflops(row.config.gradient_accumulation_steps, trace),
         *_time_cells(row),
         "–" if found.added_at_inference is None else f"+{found.added_at_inference:.0%}",
         row.verdict,
     ]
+
+
+def _teraflops(num_batches: int, trace: StepTrace) -> str:
+    """Of a step of the optimizer."""
+    number = num_batches * (trace.flops("forward") + trace.flops("backward")) / 1e12
+    return f"{number:.3g}" if number < 999.5 else f"{number:,.0f}"
 
 
 def _time_cells(row: Row) -> list[str]:
@@ -104,6 +113,15 @@ def _remarks(plan: Plan) -> Iterable[Text]:
     for row in plan.rows:
         if row.spread is not None:
             yield Text(f"{row.config.method}, from one half of the profile to the other: {row.spread}.")
+    if plan.device is not None:
+        yield Text(
+            f"Seconds are by the maker's figures of {plan.device}, of which {REACHED_RATE:.0%} of the rates and "
+            f"{REACHED_BANDWIDTH:.0%} of the bandwidths are taken to be reached; nothing was measured on a GPU. What "
+            "its runtime takes of the memory is not counted.",
+            style="yellow",
+        )
+    if plan.was_busy:
+        yield Text(BUSY, style="yellow")
     if plan.why_no_time:
         yield Text(f"Seconds are not known: {plan.why_no_time}")
     if plan.kv_cache is not None:

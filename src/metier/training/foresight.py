@@ -69,7 +69,12 @@ class Foresight:
             self._check(self._estimator.without_activations(_at_least(self.config)))
 
     def before_training(
-        self, items: Sequence[Item], selection: Path | None, profile: RoutingProfile | None = None
+        self,
+        items: Sequence[Item],
+        selection: Path | None,
+        profile: RoutingProfile | None = None,
+        *,
+        steps_done: int = 0,
     ) -> dict[str, float | str]:
         """What the largest batch will take, for plan.json; where that cannot be said, why not.
 
@@ -77,6 +82,7 @@ class Foresight:
             items: the records that are trained on.
             selection: the file of the run's selection, if it has one.
             profile: of the records, if they were profiled.
+            steps_done: of a run that is resumed.
 
         Raises:
             RunError: it does not fit.
@@ -87,7 +93,7 @@ class Foresight:
             return {"not_traced": found.why_not_traced}
         if not self.force:
             self._check(found, may_be_wrong=OVER_PREDICTED)
-        times = self._times(found, items)
+        times = self._times(found.config, items, steps_done)
         own_bytes = self._workspace_bytes + max(self._own_bytes, _held_beside_base(found))
         return {
             "activation_bytes": sum(found.device_bytes[kind] for kind in TRACED),
@@ -102,15 +108,16 @@ class Foresight:
         """The run's, so far."""
         return max(self._peak_before, peak_memory_bytes())
 
-    def _times(self, found: Estimate, items: Sequence[Item]) -> dict[str, float | str]:
-        """Seconds of a mean step and of all; what the machine is not known to take is measured for it."""
+    def _times(self, config: RunConfig, items: Sequence[Item], steps_done: int) -> dict[str, float | str]:
+        """Seconds of a mean step and of all that are left; what the machine is not known to take is measured for it."""
         if memory_limit_bytes() - held_bytes() < MEASURING_BYTES:
             return {"not_timed": f"less than {size(MEASURING_BYTES)} of memory are free, which to measure takes."}
         clock = clock_here(Path(self.config.output_dir))
         if clock is None:
             return {"not_timed": f"the figures of {torch.cuda.get_device_name()} are not known here."}
         peak = peak_memory_bytes()
-        timed = step_time(found, clock, share=mean_tokens(items, self.config) / found.num_tokens)
+        found = self._estimator(config, mean_batch(items, config))
+        timed = step_time(found, clock, free_bytes=self.budget.free_bytes(found))
         if clock.save():
             # what was measured with is no part of the run
             give_back_what_is_free()
@@ -118,11 +125,13 @@ class Foresight:
             self._peak_before = peak
         return {
             "step_seconds": timed.seconds,
-            "train_seconds": timed.seconds * num_steps(len(items), self.config),
+            "train_seconds": timed.seconds * max(0, num_steps(len(items), self.config) - steps_done),
             "bottleneck": timed.bottleneck,
             "operation_seconds": timed.operation_seconds,
             "in_a_step": timed.in_a_step,
-            "machine": fingerprint(),
+            # what an accelerator took says nothing of its host's CPU
+            "machine": "" if torch.cuda.is_available() else fingerprint(),
+            "machine_was_busy": clock.was_busy,
         }
 
     def _check(self, estimate: Estimate, *, may_be_wrong: float = 0.0) -> None:
@@ -181,6 +190,14 @@ def largest_batch(items: Sequence[Item], config: RunConfig) -> Batch:
         tokens = fmean(len(item.input_ids) for item in items)
         return Batch(1 + math.ceil((num_rows - 1) * tokens / longest), longest, labelled / tokens)
     return Batch(num_rows, longest, labelled / longest)
+
+
+def mean_batch(items: Sequence[Item], config: RunConfig) -> Batch:
+    """A batch of as many tokens as the mean one, with as many labels."""
+    num_rows = min(config.per_device_train_batch_size, len(items))
+    num_tokens = max(1, round(mean_tokens(items, config) / num_rows))
+    labelled = fmean(sum(label != IGNORED for label in item.labels) for item in items)
+    return Batch(num_rows, num_tokens, min(1.0, labelled / num_tokens))
 
 
 def mean_tokens(items: Sequence[Item], config: RunConfig) -> float:

@@ -107,7 +107,10 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
     if selects_experts(config):
         selection = run_selection(loaded.model, loaded.tokenizer, records, config, folder)
     foreseen = foresight.before_training(
-        items.items, None if selection is None else folder.selection, folder.routing_profile()
+        items.items,
+        None if selection is None else folder.selection,
+        folder.routing_profile(),
+        steps_done=0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]),
     )
     set_seed(config.seed)
     model = wrap(loaded.model, config, selection)
