@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -245,7 +244,7 @@ def plan(
     device: Annotated[str | None, typer.Option(help="An accelerator to plan for, such as rtx-4090.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Folder of a routing profile of the data.")] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure this machine anew, and learn from the runs in --runs.")
+        bool, typer.Option("--calibrate", help="Learn from the runs in --runs; without any, measure this machine anew.")
     ] = False,
     runs: Annotated[Path, typer.Option(help="Folder of former runs, for --calibrate.")] = Path("runs"),
 ) -> None:
@@ -256,15 +255,15 @@ def plan(
     """
     if calibrate:
         from metier.errors import ConfigError
-        from metier.planning.learning import calibrate as learn_anew
+        from metier.planning.learning import calibrate as learn
 
-        _print(learn_anew(runs))
-        if run is None and not context.args:
-            if any(x is not None for x in (method, device_memory, host_memory, output, chart, device, profile)):
-                raise ConfigError("plan: --calibrate without a run plans nothing. Name the run, or its --model.")
+        is_alone = run is None and not context.args
+        of_a_plan = (method, device_memory, host_memory, output, chart, device, profile)
+        if is_alone and any(option is not None for option in of_a_plan):
+            raise ConfigError("plan: --calibrate without a run plans nothing. Name the run, or its --model.")
+        _print(learn(runs))
+        if is_alone:
             return
-    # transformers renames options that PEFT and TRL still use; a user can do nothing about it
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     config = _run_config(context, run, not_needed={"dataset": "-", "output_dir": "-"})
     from metier.planning.plan import METHODS
     from metier.planning.plan import plan as plan_runs

@@ -371,10 +371,15 @@ def test_calibrating_learns_from_runs_and_plans_nothing(tmp_path, monkeypatch):
     assert clock.in_a_step == pytest.approx(1.5)
 
 
-def test_calibrating_alone_with_what_only_a_plan_has_is_refused(tmp_path, monkeypatch):
+def test_calibrating_alone_with_what_only_a_plan_has_is_refused(base, tmp_path, monkeypatch):
     monkeypatch.setenv("METIER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("metier.planning.machine.reference", lambda: (1.0, 1.0))
+    plan(_run(base))
+    kept = {path: path.read_text() for path in (tmp_path / "cache").iterdir()}
     done = CliRunner().invoke(app, ["plan", "--calibrate", "--runs", str(tmp_path), "--method", "all"])
     assert done.exit_code != 0
+    # and loses nothing that was measured
+    assert {path: path.read_text() for path in (tmp_path / "cache").iterdir()} == kept
     assert "plans nothing" in str(done.exception)
 
 

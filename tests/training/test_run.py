@@ -201,6 +201,16 @@ def test_an_incomplete_checkpoint_and_one_of_another_run_are_refused(configure: 
         train(configure(resume_from_checkpoint=str(other)), console=console)
 
 
+def test_of_a_checkpoint_by_any_name_the_steps_that_are_left_are_foreseen(
+    configure: Configure, console: Console
+) -> None:
+    folder = train(configure(save_steps=2, max_steps=5), console=console).folder
+    kept = (folder / "checkpoints" / "checkpoint-2").rename(folder / "checkpoints" / "kept")
+    train(configure(save_steps=2, max_steps=5, resume_from_checkpoint=str(kept)), console=console)
+    predicted = json.loads((folder / "plan.json").read_text())["predicted"]
+    assert predicted["train_seconds"] == pytest.approx(3 * predicted["step_seconds"])
+
+
 def test_a_limit_keeps_the_newest_checkpoints(configure: Configure, console: Console) -> None:
     result = train(configure(save_steps=1, save_total_limit=2), console=console)
     assert {path.name for path in (result.folder / "checkpoints").glob("checkpoint-*")} == {

@@ -12,8 +12,10 @@ class HeapPolicy:
 
     def __init__(self) -> None:
         self._growth: list[int] = []
-        """On the way from each place of a step to the next, the most so far, in bytes."""
-        """The last one leads to the first one of the next step."""
+        """On the way from each place of a step to the next, the most so far, in bytes.
+
+        The last one leads to the first one of the next step.
+        """
         self._next = self._last = 0
         self._held_bytes = self._peak_bytes = 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,6 +252,11 @@ def _ensure_pad_token(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
             f"{source}: the tokenizer has neither a padding nor an end-of-text token; expected one of them.\n"
             f"Set tokenizer.eos_token and save the tokenizer again."
         )
+
+
+def ignore_renamed_options() -> None:
+    """transformers renames options that PEFT and TRL still use; a user can do nothing about it."""
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
 
 
 def first_line(error: Exception) -> str:

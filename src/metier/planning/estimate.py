@@ -165,9 +165,10 @@ class Estimator:
         known = self.without_activations(config)
         if isinstance(found, str):
             return dataclasses.replace(known, why_not_traced=found)
-        so_far = min(found.peak_bytes, _gradients_at(found.peak(), known.state))
-        activations = max(0, found.peak().kept_bytes - so_far)
-        temporaries = found.peak_bytes - so_far - activations
+        peak = found.peak()
+        so_far = min(peak.num_bytes, _gradients_at(peak, known.state))
+        activations = max(0, peak.kept_bytes - so_far)
+        temporaries = peak.num_bytes - so_far - activations
         device = {**known.device_bytes, "activations": activations, "temporaries": temporaries}
         if config.gradient_accumulation_steps == 1:
             device["gradients"] += so_far
@@ -195,14 +196,12 @@ class Estimator:
 
     def _gradients(self, config: RunConfig, state: TrainingPlan) -> int:
         """That there are from step to step, or from batch to batch; rows on disk have theirs there too."""
-        of_rows = sum(row.row_gradient_bytes for row in state.rows)
-        kept = of_rows - self._gradients_on_disk(config, state)
-        return kept if config.gradient_accumulation_steps == 1 else state.gradient_bytes - of_rows + kept
+        on_disk = self._gradients_on_disk(config, state)
+        kept = state.row_gradient_bytes if config.gradient_accumulation_steps == 1 else state.gradient_bytes
+        return kept - on_disk
 
     def _gradients_on_disk(self, config: RunConfig, state: TrainingPlan) -> int:
-        if config.meft_store != "disk" or self.has_host:
-            return 0
-        return sum(row.row_gradient_bytes for row in state.rows)
+        return 0 if config.meft_store != "disk" or self.has_host else state.row_gradient_bytes
 
     def _state(self, config: RunConfig) -> Estimate:
         skeleton = run_skeleton(config, self.base, self.profile)

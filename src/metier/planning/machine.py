@@ -23,7 +23,6 @@ FOLDER = "METIER_CACHE"
 _MOST_REFERENCES = 401
 _QUIET = 0.7
 """Share of a core that each thread has at least where nobody else is at work."""
-BUSY = "Others took this machine's cores while it was measured. Its seconds may be far too long, and are not kept."
 
 
 @dataclass

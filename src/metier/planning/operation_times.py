@@ -12,7 +12,6 @@ from statistics import median
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from metier.memory.row_adamw import RowAdamW
 from metier.memory.row_store import RowStore
@@ -187,6 +186,8 @@ def overhead(seconds_of: Callable[[Work], float]) -> float:
     Args:
         seconds_of: what operations take by themselves.
     """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
     )

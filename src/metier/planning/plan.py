@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from metier.config import RunConfig
 from metier.errors import ConfigError, MetierError, SelectionError, UnsupportedModelError
+from metier.models.load import ignore_renamed_options
 from metier.models.skeleton import model_config
 from metier.planning.budget import machine_budget
 from metier.planning.clock import Clock, DeviceClock, clock_here
@@ -148,6 +149,7 @@ def plan(
     for method in methods or ():
         if method not in METHODS:
             raise ConfigError(f"method: got {method!r}, expected some of {', '.join(METHODS)}, or all.")
+    ignore_renamed_options()
     wanted = None if device is None else device_of(device)
     budget = machine_budget(device_memory, host_memory, wanted)
     clock = _clock(config, budget, wanted)
@@ -157,9 +159,7 @@ def plan(
     halves = [Estimator(base, profile=profile, half=half, **options) for half in (0, 1)] if profile is not None else []
     configs = [config] if methods is None else [_as_method(config, method) for method in methods]
     rows = [_row(each, budget, estimator, alone=len(configs) == 1) for each in configs]
-    if clock is not None:
-        rows = [_timed(row, clock, budget) for row in rows]
-    rows = [_spread(row, halves, clock, budget) for row in rows]
+    rows = [_timed(row, halves, clock, budget) for row in rows]
     if clock is not None:
         clock.save()
     why = "" if clock is not None else "what computes is not this machine's CPU. Name it: --device rtx-4090."
@@ -175,10 +175,20 @@ def _clock(config: RunConfig, budget: Budget, device: Device | None) -> Clock | 
     return clock_here(Path(config.output_dir))
 
 
-def _timed(row: Row, clock: Clock, budget: Budget) -> Row:
+def _timed(row: Row, halves: Sequence[Estimator], clock: Clock | None, budget: Budget) -> Row:
+    """With its step's time, where it is known what computes, and with its spread, where there is a profile."""
     if row.estimate is None or row.estimate.trace is None:
         return row
-    return dataclasses.replace(row, time=step_time(row.estimate, clock, free_bytes=budget.free_bytes(row.estimate)))
+    try:
+        found = [row.estimate, *(estimator(row.config) for estimator in halves)]
+    except SelectionError:  # a half has no tokens: there is no spread
+        found = [row.estimate]
+    times = [] if clock is None else [step_time(one, clock, free_bytes=budget.free_bytes(one)) for one in found]
+    spread = None
+    if len(found) > 1:
+        sizes, seconds = [one.total_device_bytes for one in found], [time.seconds for time in times]
+        spread = Spread((min(sizes), max(sizes)), (min(seconds), max(seconds)) if seconds else None)
+    return dataclasses.replace(row, time=times[0] if times else None, spread=spread)
 
 
 def _cache(base: PreTrainedConfig, config: RunConfig) -> KvCache | None:
@@ -195,20 +205,6 @@ def _cache_as_dict(cache: KvCache) -> dict[str, int]:
         "long_token_bytes": cache.long_token_bytes,
         f"bytes_at_{LONG}_tokens": cache.bytes_for(LONG),
     }
-
-
-def _spread(row: Row, halves: Sequence[Estimator], clock: Clock | None, budget: Budget) -> Row:
-    if not halves or row.estimate is None or row.estimate.trace is None:
-        return row
-    try:
-        found = [row.estimate, *(estimator(row.config) for estimator in halves)]
-    except SelectionError:  # a half has no tokens: there is no interval
-        return row
-    sizes = [one.total_device_bytes for one in found]
-    if clock is None:
-        return dataclasses.replace(row, spread=Spread((min(sizes), max(sizes)), None))
-    seconds = [step_time(one, clock, free_bytes=budget.free_bytes(one)).seconds for one in found]
-    return dataclasses.replace(row, spread=Spread((min(sizes), max(sizes)), (min(seconds), max(seconds))))
 
 
 def _row(config: RunConfig, budget: Budget, estimator: Estimator, *, alone: bool) -> Row:

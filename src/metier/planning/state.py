@@ -78,6 +78,11 @@ class TrainingPlan:
         return sum(row.gradient_bytes for row in self.rows)
 
     @property
+    def row_gradient_bytes(self) -> int:
+        """Of the gradients, those of a sparse adapter's rows."""
+        return sum(row.row_gradient_bytes for row in self.rows)
+
+    @property
     def optimizer_bytes(self) -> int:
         """AdamW's two moments."""
         return sum(row.optimizer_bytes for row in self.rows)

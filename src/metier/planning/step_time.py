@@ -70,7 +70,7 @@ def step_time(estimate: Estimate, clock: Clock, *, free_bytes: int = 0) -> StepT
     config, state = estimate.config, estimate.state
     batches = config.gradient_accumulation_steps
     parts = {part: batches * seconds for part, seconds in clock.passes(estimate.trace).items()}
-    in_rows = sum(row.row_gradient_bytes for row in state.rows) // _GRADIENT_BYTES
+    in_rows = state.row_gradient_bytes // _GRADIENT_BYTES
     fired = _fired_share(estimate)
     parts["optimizer"] = clock.optimizer(state.num_trained - in_rows, round(fired * in_rows))
     stored = state.stored_bytes if config.base_store != "device" else 0

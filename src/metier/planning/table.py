@@ -12,7 +12,6 @@ from rich.text import Text
 from metier.planning.devices import REACHED_BANDWIDTH, REACHED_RATE
 from metier.planning.estimate import KINDS, TRACED
 from metier.planning.kv_cache import KvCache
-from metier.planning.machine import BUSY
 from metier.planning.segments import StepTrace
 from metier.planning.spelling import count, duration, size
 
@@ -121,7 +120,11 @@ def _remarks(plan: Plan) -> Iterable[Text]:
             style="yellow",
         )
     if plan.was_busy:
-        yield Text(BUSY, style="yellow")
+        yield Text(
+            "Others took this machine's cores while it was measured. Its seconds may be far too long, and are not "
+            "kept.",
+            style="yellow",
+        )
     if plan.why_no_time:
         yield Text(f"Seconds are not known: {plan.why_no_time}")
     if plan.kv_cache is not None:

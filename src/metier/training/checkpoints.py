@@ -51,6 +51,11 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(complete, key=lambda folder: int(folder.name.rpartition("-")[2]))
 
 
+def step_of(checkpoint: Path) -> int:
+    """After how many steps a complete checkpoint was written, whatever its folder is called."""
+    return int((checkpoint / _MARKER).read_text(encoding="utf-8"))
+
+
 def find_checkpoint(checkpoints: Path, wanted: str) -> Path | None:
     """The checkpoint to resume: one of the run's own by its folder, or the newest complete one for `last`.
 

@@ -44,9 +44,9 @@ def write_run_report(
 def routing_data(folder: RunFolder, config: RunConfig, selection: ExpertSelection | None) -> dict[str, Any]:
     """What a report shows of a run's routing; empty where it was not profiled, or not scored by routing alone."""
     is_by_routing = config.score != "output_norm" and not config.minus_general
-    profile, wanted = folder.routing_profile(), selection_config(config)
-    if selection is None or profile is None or not is_by_routing:
+    if selection is None or not is_by_routing or (profile := folder.routing_profile()) is None:
         return {}
+    wanted = selection_config(config)
     return {
         "scores_LE": profile.scores_LE(config.score).tolist(),
         "layer_ids": profile.layer_ids,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from metier.memory.allocator import give_memory_back
 from metier.memory.frozen_model import load_frozen
 from metier.methods.wrap import meft_config, selects_experts, wrap
 from metier.models.encoder_decoder import is_encoder_decoder, refuse_encoder_decoder
-from metier.models.load import LoadedModel, load
+from metier.models.load import LoadedModel, ignore_renamed_options, load
 from metier.models.skeleton import model_config
 from metier.planning.spelling import size
 from metier.planning.state import TrainingPlan, training_plan
@@ -39,7 +38,7 @@ from metier.training.callbacks import (
     ShowProgress,
     StepTimes,
 )
-from metier.training.checkpoints import MarkCheckpoints, find_checkpoint
+from metier.training.checkpoints import MarkCheckpoints, find_checkpoint, step_of
 from metier.training.folder import RunFolder, open_folder
 from metier.training.foresight import Foresight
 from metier.training.report import write_run_report
@@ -79,8 +78,7 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         MetierError: any other error of the rooms that a run walks through.
     """
     console = console or Console()
-    # transformers renames options that PEFT and TRL still use; a user can do nothing about it
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+    ignore_renamed_options()
     if selects_experts(config):
         # what cannot be selected by is refused before anything is loaded
         selection_config(config)
@@ -110,7 +108,7 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         items.items,
         None if selection is None else folder.selection,
         folder.routing_profile(),
-        steps_done=0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]),
+        steps_done=0 if checkpoint is None else step_of(checkpoint),
     )
     set_seed(config.seed)
     model = wrap(loaded.model, config, selection)
