@@ -11,8 +11,9 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from metier.errors import BaseMismatchError, DeltaError, SelectionError
+from metier.errors import DeltaError, SelectionError
 from metier.methods.adapter_state import checked_state, with_expert_ids
+from metier.methods.base_of import set_base_fingerprint
 from metier.methods.whole_module import COPIES, WholeModule, loadable, whole_modules
 from metier.models.fingerprint import fingerprint
 from metier.models.groups import group_paths
@@ -44,16 +45,9 @@ class ExpertTuner(BaseTuner):
         layers = {layer.index: layer for layer in moe_layers(self.model)}
         assert peft_config.experts is not None, "the configuration refuses to be made without experts"
         base = getattr(getattr(self.model, "config", None), "name_or_path", "") or type(self.model).__name__
-        found = fingerprint(self.model)
-        if peft_config.base_fingerprint not in (None, found):
-            raise BaseMismatchError(
-                f"The adapter was trained on '{peft_config.base_model_name_or_path}' with fingerprint "
-                f"{peft_config.base_fingerprint[:12]}, but is put on '{base}' with fingerprint {found[:12]}.\n"
-                "Load the base that it was trained on, or train it again on this one."
-            )
+        set_base_fingerprint(peft_config, self.model, fingerprint(self.model))
         for index, ids in peft_config.experts.items():
             _check_experts(index, ids, layers, base)
-        peft_config.base_fingerprint = found
         peft_config.num_experts = max(layer.num_experts for layer in layers.values())
         peft_config.target_modules = [layers[index].path for index in peft_config.experts]
         # for the time of the injection, which asks layer by layer

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,22 @@ class MeftLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("meft_router", "meft_gradients")
     other_param_names = ("stores", "configs")
 
-    def __init__(self, base_layer: nn.Module, path: str, hidden_size: int) -> None:
+    def __init__(self, base_layer: nn.Module, path: str, hidden_size: int, *, num_layers: int = 1) -> None:
         super().__init__()
         self.base_layer, self.path, self.hidden_size = base_layer, path, hidden_size
+        self.num_layers = num_layers
         self.meft_router, self.meft_gradients = nn.ParameterDict(), nn.ParameterDict()
         self.stores: dict[str, RowStore] = {}
         self.configs: dict[str, MeftConfig] = {}
         self.merged_adapters: list[str] = []
 
-    def update_layer(self, adapter_name: str, config: MeftConfig, *, num_layers: int = 1) -> None:
-        """Add an adapter whose values are 0, so that it changes nothing yet; it has `num_layers` layers in all."""
+    @property
+    def adapter_names(self) -> Collection[str]:
+        """The adapters that stand here."""
+        return self.stores.keys()
+
+    def update_layer(self, adapter_name: str, config: MeftConfig) -> None:
+        """Add an adapter whose values are 0, so that it changes nothing yet."""
         sizes = config.sizes
         base_device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
         made_on = torch.device("meta" if base_device.type == "meta" else "cpu")
@@ -57,7 +64,7 @@ class MeftLayer(nn.Module, BaseTunerLayer):
             dtype=getattr(torch, config.row_dtype),
             folder=folder,
             name=self.path,
-            cache_bytes=config.cache_bytes // num_layers,
+            cache_bytes=config.cache_bytes // self.num_layers,
             device=made_on,
         )
         router_ND = torch.empty(sizes.num_key_experts, self.hidden_size, device=made_on)
