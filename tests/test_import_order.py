@@ -20,6 +20,7 @@ ORDER = (
     ("data",),
     ("models",),
     ("embedded", "config", "config_reading"),
+    ("catalogue",),
     ("errors",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

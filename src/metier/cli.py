@@ -15,7 +15,7 @@ from metier.config_reading import describe_fields, load_run_config
 from metier.errors import MetierError
 
 app = typer.Typer(
-    help="Specialise a Mixture-of-Experts model for a task by training only the experts that the task uses.",
+    help="Specialise a language model for a task by training only the part that the task uses.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -290,6 +290,17 @@ def plan(
 
 
 @app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, to see all of it.")] = None,
+) -> None:
+    """List every method in the order of the survey, or say all about one."""
+    from metier.catalogue.tree import method_of
+    from metier.reports.methods import methods_tree, one_method
+
+    _print(methods_tree() if name is None else one_method(method_of(name)))
+
+
+@app.command()
 def evaluate(
     model: Model,
     task: Annotated[str | None, typer.Option(help="An embedded task: sections, synopsis or translate.")] = None,
@@ -473,7 +484,9 @@ def _with_adapter(model: Any, adapter: Path | None) -> Any:
         return model
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(adapter))
+    from metier.methods.single_task import with_one_task
+
+    return with_one_task(PeftModel.from_pretrained(model, str(adapter)))
 
 
 def _print(renderable: object) -> None:

@@ -6,12 +6,17 @@ Torch-free, so that the command line stays quick.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import yaml
 
+from metier.catalogue.method import Method, Part
+from metier.catalogue.tree import method_of
 from metier.errors import ConfigError
+
+DEFAULT_METHOD = "esft"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,9 +30,10 @@ class RunConfig:
     output_dir: str
     """The run's folder: configuration, profile, selection, checkpoints, adapter, metrics, report."""
 
-    method: Literal["esft", "expert_lora", "meft", "full", "lora"] = "esft"
-    """What is trained: selected experts, a LoRA on selected experts, a wide sparse adapter beside every feed-forward
-    block, every parameter, or a LoRA on all experts."""
+    method: str = DEFAULT_METHOD
+    """What is trained, by one of the names that `metier methods` lists. Its own options are keys of a run too."""
+    targets: str | None = None
+    """Parts of the layers that the method goes on, with commas: attention, dense, shared, routed, router, norms."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub."""
     trust_remote_code: bool = False
@@ -159,7 +165,12 @@ class RunConfig:
     resume_from_checkpoint: str | None = None
     """A checkpoint's folder, or `last` for the newest one in output_dir."""
 
+    method_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """The method's own options; in a file and on a command line they are keys like all others."""
+
     def __post_init__(self) -> None:
+        method = method_of(self.method)
+        self._check_targets(method)
         for name in ("model", "dataset", "output_dir"):
             _require(bool(getattr(self, name)), name, "be a name or a path", getattr(self, name))
         for name in _AT_LEAST_ONE:
@@ -194,7 +205,7 @@ class RunConfig:
             )
         if self.minus_general and self.general_dataset is None:
             raise ConfigError("minus_general needs general_dataset, whose scores are subtracted. Name one.")
-        if self.has_frozen_base and self.method in ("full", "lora"):
+        if self.has_frozen_base and self.method not in ("esft", "expert_lora", "meft"):
             raise ConfigError(
                 "base_store and base_format keep the base's weights where they cannot be changed, and method "
                 f"{self.method} changes them. Use method esft, expert_lora or meft, or leave them out."
@@ -205,6 +216,20 @@ class RunConfig:
                 "base_format, or leave it out."
             )
         _require(self.lora_dropout < 1, "lora_dropout", "be less than 1", self.lora_dropout)
+
+    def _check_targets(self, method: Method) -> None:
+        for part in self.target_parts or ():
+            _require(part in get_args(Part), "targets", f"name some of {', '.join(get_args(Part))}", part)
+            if part not in method.can_target or not (method.targets or "routed" in method.can_target):
+                parts = ", ".join(method.can_target) if method.targets else "none, for it has a place of its own"
+                raise ConfigError(f"targets: got {part!r}, but {method.name} can go on {parts}. Leave it out.")
+        if self.targets is not None and "target_modules" in self.method_options:
+            raise ConfigError("targets and target_modules both say where the method goes. Leave one of them out.")
+
+    @property
+    def target_parts(self) -> tuple[str, ...] | None:
+        """The parts that the run names; None where it leaves them to the method."""
+        return None if self.targets is None else tuple(part.strip() for part in self.targets.split(","))
 
     @property
     def has_frozen_base(self) -> bool:
@@ -224,7 +249,9 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         """The configuration as YAML that `load_run_config` reads back to an equal one."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        values = dataclasses.asdict(self)
+        options = values.pop("method_options")
+        return yaml.safe_dump({**values, **options}, sort_keys=False, allow_unicode=True)
 
 
 _GROUPS = ("shared_experts", "router", "attention", "norms")

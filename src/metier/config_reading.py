@@ -15,7 +15,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from metier.config import RunConfig
+from metier.catalogue.options import option_types, read_option
+from metier.catalogue.tree import method_of
+from metier.config import DEFAULT_METHOD, RunConfig
 from metier.errors import ConfigError
 
 _TRUE = ("true", "yes", "on", "1")
@@ -41,7 +43,10 @@ def load_run_config(
     """
     values = dict(not_needed or {}) | ({} if path is None else _read_file(Path(path)))
     values |= _read_overrides(overrides)
-    missing = [field.name for field in dataclasses.fields(RunConfig) if _is_required(field, values)]
+    foreign = {key: value for key, value in values.items() if isinstance(value, _Foreign)}
+    values = {key: value for key, value in values.items() if key not in foreign}
+    options = _method_options(method_of(values.get("method", DEFAULT_METHOD)).name, foreign)
+    missing = [field.name for field in _own_fields() if _is_required(field, values)]
     if missing:
         where = "command line" if path is None else str(path)
         raise ConfigError(
@@ -49,7 +54,51 @@ def load_run_config(
             f"Add {'them' if len(missing) > 1 else 'it'} to the YAML file or the command line, "
             f"e.g. --{missing[0]} VALUE."
         )
-    return RunConfig(**values)
+    return RunConfig(**values, method_options=options)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Foreign:
+    """The value of a key that is none of a run's own, so perhaps one of its method's."""
+
+    value: object
+    where: str
+
+
+def _method_options(method: str, foreign: Mapping[str, _Foreign]) -> dict[str, Any]:
+    """Those keys as the method's options.
+
+    Raises:
+        ConfigError: a key that is no option of it either.
+    """
+    if not foreign:
+        return {}
+    known = {name for name in option_types(method) if name not in _names()}
+    options = {}
+    for key, given in foreign.items():
+        if key.startswith("no_") and given.value is True and key[3:] in known:
+            key, given = key[3:], _Foreign(False, given.where)
+        if key not in known:
+            raise ConfigError(f"{given.where}: unknown key '{key}'. {_hint_for(key, method, known)}")
+        options[key] = read_option(method, key, given.value, given.where)
+    return options
+
+
+def _hint_for(key: str, method: str, known: set[str]) -> str:
+    nearest = difflib.get_close_matches(key, [*_names(), *known], n=1, cutoff=0.5)
+    if nearest:
+        return f"Did you mean '{nearest[0]}'?"
+    options = f" Options of {method} are: {', '.join(sorted(known))}." if known else ""
+    return f"The keys are: {', '.join(_names())}.{options}"
+
+
+def _names() -> list[str]:
+    """A run's own keys."""
+    return [field.name for field in _own_fields()]
+
+
+def _own_fields() -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(RunConfig) if field.name != "method_options"]
 
 
 def describe_fields() -> list[tuple[str, str, str, str]]:
@@ -75,7 +124,7 @@ def describe_fields() -> list[tuple[str, str, str, str]]:
             "required" if field.default is dataclasses.MISSING else str(field.default),
             str(meanings[field.name]),
         )
-        for field in dataclasses.fields(RunConfig)
+        for field in _own_fields()
     ]
 
 
@@ -94,11 +143,11 @@ def _read_file(path: Path) -> dict[str, Any]:
     constructor = yaml.SafeLoader("")
     for key_node, value_node in root.value:
         where = f"{path}:{key_node.start_mark.line + 1}"
-        key = _known_key(str(key_node.value), where)
+        key = str(key_node.value)
         if key in values:
             raise ConfigError(f"{where}: key '{key}' stands in the file twice; keep one of them.")
         value = constructor.construct_object(value_node, deep=True)
-        values[key] = _convert(key, value, where)
+        values[key] = _convert(key, value, where) if key in _names() else _Foreign(value, where)
     return values
 
 
@@ -117,26 +166,21 @@ def _read_overrides(tokens: Sequence[str]) -> dict[str, Any]:
         if name.startswith("no_") and _is_bool(name[3:]) and not has_value:
             values[name[3:]] = False
             continue
-        key = _known_key(name, _COMMAND_LINE)
+        key, is_foreign = name, name not in _names()
+        follows_none = not rest or rest[0].startswith("--")
         if has_value:
-            values[key] = _convert(key, text, _COMMAND_LINE)
+            values[key] = _Foreign(text, _COMMAND_LINE) if is_foreign else _convert(key, text, _COMMAND_LINE)
+        elif is_foreign:
+            # without a value it may be a switch, which its type then says
+            values[key] = _Foreign(True if follows_none else rest.pop(0), _COMMAND_LINE)
         elif _is_bool(key):
             follows = bool(rest) and rest[0].lower() in (*_TRUE, *_FALSE)
             values[key] = _convert(key, rest.pop(0), _COMMAND_LINE) if follows else True
-        elif not rest or rest[0].startswith("--"):
+        elif follows_none:
             raise ConfigError(f"{_COMMAND_LINE}: --{key} needs a value: {_type_name(_hint(key))}.")
         else:
             values[key] = _convert(key, rest.pop(0), _COMMAND_LINE)
     return values
-
-
-def _known_key(key: str, where: str) -> str:
-    names = [field.name for field in dataclasses.fields(RunConfig)]
-    if key in names:
-        return key
-    nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    hint = f"Did you mean '{nearest[0]}'?" if nearest else f"The keys are: {', '.join(names)}."
-    raise ConfigError(f"{where}: unknown key '{key}'. {hint}")
 
 
 def _convert(key: str, value: object, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""Put the configured method on a model: selected experts, a LoRA on them, a sparse adapter, or a baseline."""
+"""Put the configured method on a model: selected experts, a LoRA on them, or any other of the catalogue."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 import peft
 from transformers import PreTrainedModel
 
+from metier.catalogue.tree import method_of
 from metier.config import RunConfig
-from metier.errors import ConfigError
 from metier.methods.esft import EsftConfig
 from metier.methods.expert_lora import ExpertLoraConfig
+from metier.methods.from_catalogue import put_on
 from metier.methods.meft import MeftConfig
-from metier.models.moe import is_dense, moe_layers
 from metier.routing.selection import ExpertSelection
 
 ROWS_FOLDER = "rows"
@@ -26,15 +26,16 @@ def wrap(
 
     Raises:
         SelectionError: the selection does not fit the model.
-        ConfigError: LoRA with dropout, which PEFT cannot apply to stacked experts.
+        UnsupportedModelError: the method is for another kind of model.
+        ConfigError: options that do not go together, or an adapter that attaches to nothing.
     """
-    if config.method == "full":
+    if method_of(config.method).saves_whole_model:
         # float32 masters: in bf16 most steps of a small learning rate would round to nothing
         return model.float().requires_grad_(True)
-    if config.method == "lora":
-        return peft.get_peft_model(model, _lora(model, config))
     if config.method == "meft":
         return peft.get_peft_model(model, meft_config(config))
+    if not selects_experts(config):
+        return put_on(model, config)
     assert selection is not None, "a run on selected experts selects before it wraps"
     if config.method == "expert_lora":
         lora = ExpertLoraConfig.from_selection(
@@ -71,25 +72,4 @@ def meft_config(config: RunConfig) -> MeftConfig:
         store_folder=str(Path(config.output_dir) / ROWS_FOLDER),
         cache_bytes=config.meft_cache_bytes,
         row_dtype=config.meft_row_dtype,
-    )
-
-
-def _lora(model: PreTrainedModel, config: RunConfig) -> peft.LoraConfig:
-    """On all experts of an MoE model, on all linear layers of a dense one."""
-    if is_dense(model):
-        return peft.LoraConfig(
-            r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules="all-linear"
-        )
-    if config.lora_dropout:
-        raise ConfigError(
-            f"lora_dropout: got {config.lora_dropout}, but PEFT needs 0 where stacked experts are adapted."
-        )
-    layers = moe_layers(model)
-    return peft.LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        target_modules=[],
-        target_parameters=[
-            f"{layer.path}.{name}" for layer in layers for name in layer.parameter_names() if "bias" not in name
-        ],
     )

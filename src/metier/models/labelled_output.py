@@ -16,9 +16,12 @@ def labelled_output(is_labelled_BT: Tensor) -> Callable[[nn.Module, Any, Any], A
     Args:
         is_labelled_BT: whether the token after a position has a label, bool, (B, T - 1).
     """
+    num_tokens = is_labelled_BT.shape[1] + 1
 
     def cut(_module: nn.Module, _args: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state[:, :-1][is_labelled_BT].unsqueeze(0)
+        # a prompt's virtual tokens stand before the record
+        hidden_BTD = output.last_hidden_state[:, -num_tokens:]
+        output.last_hidden_state = hidden_BTD[:, :-1][is_labelled_BT].unsqueeze(0)
         return output
 
     return cut

@@ -45,6 +45,7 @@ class Skeleton:
             selection=self.selection,
             row_state_dtype=config.meft_state_dtype,
             stored=self.stored,
+            options=config.method_options,
         )
 
 

@@ -11,17 +11,21 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.table import Table
 from torch import nn
 
+from metier.catalogue.tree import method_of
 from metier.memory.frozen_model import StoredSizes, frozen_weights
 from metier.memory.frozen_weight import FrozenWeight
 from metier.memory.row_state import state_bytes
 from metier.methods.meft import MeftLayer
 from metier.methods.whole_module import COPIES
-from metier.models.moe import is_dense
-from metier.models.unwrap import base_path
+from metier.models.layers import layer_stacks
+from metier.models.unwrap import bare_model, base_path, base_tensors
+from metier.planning.optimizer_state import state_bytes_of
 from metier.routing.selection import ExpertSelection
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -141,6 +145,7 @@ def training_plan(
     selection: ExpertSelection | None,
     row_state_dtype: str = "float32",
     stored: StoredSizes | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> TrainingPlan:
     """Count what wants gradients and what does not, per decoder layer.
 
@@ -150,7 +155,9 @@ def training_plan(
         selection: of the methods that have one.
         row_state_dtype: what the optimizer keeps the moments of a sparse adapter's rows in.
         stored: of base weights that will be in a store, where the model is without weights and has none of them yet.
+        options: of the method, those that the run sets.
     """
+    num_layers = sum(len(stack) for stack in layer_stacks(model))
     counts: dict[str, _Counts] = {}
     base_bytes = row_bytes = row_state_bytes = 0
     for name, parameter, is_adapter in _parameters(model):
@@ -158,8 +165,11 @@ def training_plan(
         if parameter.requires_grad:
             if f".{COPIES}." in name:
                 row.whole[bare_name(name)] = None
+            gradient, moments = state_bytes_of(
+                parameter, method, options or {}, in_layer=_layer_of(name) != "other", num_layers=num_layers
+            )
             num_bytes = parameter.numel() * parameter.element_size()
-            row.add(parameter.numel(), num_bytes, gradient_bytes=num_bytes, optimizer_bytes=2 * num_bytes)
+            row.add(parameter.numel(), num_bytes, gradient_bytes=gradient, optimizer_bytes=moments)
         else:
             row.num_frozen += parameter.numel()
         if isinstance(parameter, FrozenWeight):
@@ -180,10 +190,9 @@ def training_plan(
                 optimizer_bytes=moments,
             )
             row.row_gradient_bytes += 4 * num_numbers
-    if method == "lora":
-        where = "all linear layers" if is_dense(model) else "all experts"
-        for row in counts.values():
-            row.what = f"LoRA on {where}" if row.num_trained else ""
+    if selection is None and not method_of(method).saves_whole_model and method != "meft":
+        for key, kinds in _adapted(model).items():
+            counts[key].what = f"{method} on {', '.join(kinds)}"
     order = sorted(counts, key=lambda key: (key == "other", int(key) if key != "other" else 0))
     stores = [weight.store for weight in frozen_weights(model)]
     stored_bytes, where = sum(store.num_bytes for store in stores), stores[0].where if stores else ""
@@ -245,9 +254,20 @@ def megabytes(num_bytes: int) -> str:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    """Name, parameter, and whether it is an adapter's."""
+    of_base = {id(tensor) for _, tensor in base_tensors(bare_model(model))}
     for name, parameter in model.named_parameters():
-        bare = "." + base_path(name)
-        yield bare, parameter, any(mark in bare for mark in ("esft_", "lora_", "meft_", f".{COPIES}."))
+        yield "." + base_path(name), parameter, id(parameter) not in of_base
+
+
+def _adapted(model: nn.Module) -> dict[str, list[str]]:
+    """What an adapter stands on, by layer: last names of modules, each once."""
+    found: dict[str, dict[str, None]] = {}
+    for path, module in bare_model(model).named_modules():
+        if isinstance(module, BaseTunerLayer):
+            place = f".{base_path(path)}."
+            found.setdefault(_layer_of(place), {})[base_path(path).rpartition(".")[2]] = None
+    return {key: list(kinds) for key, kinds in found.items()}
 
 
 def bare_name(parameter: str) -> str:
@@ -260,9 +280,10 @@ def bare_name(parameter: str) -> str:
 def _what(key: str, num_trained: int, method: str, selection: ExpertSelection | None, whole: list[str]) -> str:
     if not num_trained:
         return "nothing"
-    if method == "full":
+    if method_of(method).saves_whole_model:
         return "everything"
-    assert selection is not None
+    if selection is None:
+        return f"{method}'s own"
     ids = selection.experts.get(int(key), ()) if key != "other" else ()
     if not ids:
         return f"whole {', '.join(whole)}"

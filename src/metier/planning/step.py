@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 from trl.trainer import utils as trl_head
 
+from metier.catalogue.tree import method_of
 from metier.config import RunConfig
 from metier.data.encode import IGNORED
 from metier.errors import UnsupportedModelError
@@ -92,6 +93,10 @@ def _traced(
             "which rows a batch has in common depends on numbers, which a trace has none of: the step of a sparse "
             "adapter with meft_semantics: union cannot be traced."
         )
+    if method_of(config.method).optimizer == "mezo":
+        raise UnsupportedModelError(
+            "MeZO's step has no backward pass, which is what is traced: it takes about as much memory as generating."
+        )
     model = skeleton.model.train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -148,7 +153,10 @@ def columns_that_are_written(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _fill_ids(model: nn.Module, skeleton: Skeleton) -> None:
-    """Which experts an adapter has is real, as all integers are."""
+    """Which experts an adapter has is real, as all integers are; so is the order of a prompt's virtual tokens."""
+    prompts = getattr(model, "prompt_tokens", {})
+    for name, tokens in prompts.items():
+        prompts[name] = torch.arange(len(tokens))
     for module in model.modules():
         if isinstance(module, ExpertTunerLayer) and skeleton.selection is not None:
             ids = getattr(module, module.ids_name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from statistics import fmean
 
@@ -18,6 +18,7 @@ from metier.errors import RunError
 from metier.memory.allocator import give_back_what_is_free
 from metier.memory.memory_limit import held_bytes, memory_limit_bytes
 from metier.memory.process_memory import ProcessMemory
+from metier.methods.from_catalogue import NeedsWeightsError
 from metier.methods.wrap import selects_experts
 from metier.planning.budget import machine_budget, workspace_bytes
 from metier.planning.clock import clock_here
@@ -66,7 +67,8 @@ class Foresight:
             RunError: they are.
         """
         if not self.force:
-            self._check(self._estimator.without_activations(_at_least(self.config)))
+            with suppress(NeedsWeightsError):
+                self._check(self._estimator.without_activations(_at_least(self.config)))
 
     def before_training(
         self,
@@ -88,7 +90,10 @@ class Foresight:
             RunError: it does not fit.
         """
         self._estimator.profile = profile
-        found = self._estimator(_with_selection(self.config, selection), largest_batch(items, self.config))
+        try:
+            found = self._estimator(_with_selection(self.config, selection), largest_batch(items, self.config))
+        except NeedsWeightsError as error:
+            return {"not_traced": str(error)}
         if found.trace is None:
             return {"not_traced": found.why_not_traced}
         if not self.force:

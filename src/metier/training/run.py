@@ -14,6 +14,7 @@ from rich.console import Console
 from torch.utils.serialization import config as serialization
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from metier.catalogue.tree import method_of
 from metier.config import RunConfig
 from metier.data.collate import padding_share
 from metier.data.encode import EncodedSet, Item, encode_records
@@ -21,8 +22,10 @@ from metier.data.message import Record
 from metier.data.pairs import encode_pairs
 from metier.data.records import load_records, mix
 from metier.deltas.save import save_delta
+from metier.errors import ConfigError
 from metier.memory.allocator import give_memory_back
 from metier.memory.frozen_model import load_frozen
+from metier.methods.coverage import coverage
 from metier.methods.wrap import meft_config, selects_experts, wrap
 from metier.models.encoder_decoder import is_encoder_decoder, refuse_encoder_decoder
 from metier.models.load import LoadedModel, ignore_renamed_options, load
@@ -84,6 +87,11 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         selection_config(config)
     if config.method == "meft":
         meft_config(config)
+    if config.padding_free and method_of(config.method).is_prompt:
+        raise ConfigError(
+            f"padding_free: records that share a row have one beginning, before which {config.method} would put its "
+            "prompt. Set padding_free: false."
+        )
     base = model_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     foresight = Foresight(config, base, force=force)
     foresight.before_loading()
@@ -112,11 +120,19 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
     )
     set_seed(config.seed)
     model = wrap(loaded.model, config, selection)
-    plan = training_plan(model, method=config.method, selection=selection, row_state_dtype=config.meft_state_dtype)
+    plan = training_plan(
+        model,
+        method=config.method,
+        selection=selection,
+        row_state_dtype=config.meft_state_dtype,
+        options=config.method_options,
+    )
     plan.save(folder.plan, foreseen)
     if config.method == "meft":
         console.print("\n".join(meft_config(config).sizes.reasons()), highlight=False)
     console.print(plan)
+    if isinstance(model, peft.PeftModel):
+        console.print(f"Covered: {'; '.join(map(str, coverage(model)))}", highlight=False)
     if config.padding_free:
         check_records_stay_apart(model, items.items)
     elif not is_encoder_decoder(model):

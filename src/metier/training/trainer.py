@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.optim import Optimizer
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,11 +28,11 @@ from metier.config import RunConfig
 from metier.data.collate import Collator, PaddingFreeCollator
 from metier.data.encode import Item
 from metier.data.pairs import PairCollator, token_mean_loss
-from metier.memory import RowAdamW
 from metier.models.encoder_decoder import decoder_start_token, is_encoder_decoder
 from metier.training.give_back import GiveBack
 from metier.training.labelled_positions import keep_to_labelled_positions
 from metier.training.learning_rates import set_learning_rates
+from metier.training.procedures.chosen import procedure_of
 
 
 def make_trainer(
@@ -51,13 +50,16 @@ def make_trainer(
         # the trainer resumes by parameter names: experts stacked as in memory, not one by one as on the hub
         model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
     pad_token = int(tokenizer.pad_token_id)
-    arguments = _arguments(config, checkpoints, has_eval=eval_items is not None)
+    procedure = procedure_of(config, model)
+    arguments = _arguments(config, checkpoints, has_eval=eval_items is not None) | procedure.arguments
     common: dict[str, Any] = {
         "model": model,
         "train_dataset": _dataset(items),
         "eval_dataset": None if eval_items is None else _dataset(eval_items),
         "processing_class": tokenizer,
-        "callbacks": [*callbacks, GiveBack()],
+        "callbacks": [*callbacks, *procedure.callbacks, GiveBack()],
+        "optimizers": (procedure.optimizer, None),
+        "optimizer_cls_and_kwargs": procedure.optimizer_class,
     }
     trainer: Trainer
     if is_encoder_decoder(model):
@@ -77,11 +79,13 @@ def make_trainer(
                 router_aux_loss_coef=0.0,
                 **arguments,
             ),
-            optimizer_cls_and_kwargs=_row_optimizer(config) if config.method == "meft" else None,
             data_collator=(PaddingFreeCollator if config.padding_free else Collator)(pad_token),
             **common,
         )
-        keep_to_labelled_positions(trainer)
+        if not procedure.has_own_loss:
+            keep_to_labelled_positions(trainer)
+    if procedure.after is not None:
+        procedure.after(trainer)
     if config.own_learning_rates:
         set_learning_rates(trainer, model, config.own_learning_rates)
     for shown_elsewhere in (PrinterCallback, ProgressCallback):
@@ -97,17 +101,6 @@ def _dataset(items: Sequence[Item]) -> Dataset:
             "origin": [item.origin for item in items],
         }
     )
-
-
-def _row_optimizer(config: RunConfig) -> tuple[type[Optimizer], dict[str, Any]]:
-    """The optimizer of rows in stores, with the numbers that transformers gives AdamW; groups set the weight decay."""
-    options = {
-        "lr": config.learning_rate,
-        "mode": config.meft_update,
-        "state_dtype": config.meft_state_dtype,
-        "seed": config.seed,
-    }
-    return RowAdamW, options
 
 
 def _arguments(config: RunConfig, checkpoints: Path, *, has_eval: bool) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+"""Put a method of the catalogue on a model: its configuration from a run's keys, and PEFT's own functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+import peft
+from transformers import PreTrainedModel
+
+from metier.catalogue.method import DENSE, MOE, Method
+from metier.catalogue.options import config_class
+from metier.catalogue.tree import method_of
+from metier.config import RunConfig
+from metier.errors import ConfigError, MetierError, UnsupportedModelError
+from metier.methods.coverage import check_coverage
+from metier.methods.single_task import with_one_task
+from metier.models.encoder_decoder import is_encoder_decoder
+from metier.models.load import first_line
+from metier.models.moe import is_dense
+from metier.models.parts import modules_of, part_paths
+
+_OF_A_RUN = ("lora_alpha", "lora_dropout")
+"""Options that are keys of a run themselves."""
+
+
+class NeedsWeightsError(UnsupportedModelError):
+    """A method cannot be put on a model without weights, which is what a plan has."""
+
+
+def put_on(model: PreTrainedModel, config: RunConfig) -> peft.PeftModel:
+    """The model with the run's method on it, checked to cover what it was to cover.
+
+    Raises:
+        UnsupportedModelError: the method does not fit this kind of model.
+        NeedsWeightsError: the model has no weights, and PEFT asks for some.
+        ConfigError: options that PEFT refuses, or an adapter that attaches to nothing, or not to all that was meant.
+    """
+    method = method_of(config.method)
+    check_fits(method, model)
+    made = adapter_config(model, config)
+    # PEFT writes what it has found in place of what it was given
+    names_modules = bool({"target_modules", "target_parameters"} & config.method_options.keys())
+    parts = target_parts(method, config, model)
+    has_weights = not any(parameter.is_meta for parameter in model.parameters())
+    try:
+        wrapped = peft.get_peft_model(model, made)
+    except (MetierError, ImportError):
+        raise
+    except Exception as error:  # thirty methods of PEFT refuse in as many ways
+        if not has_weights:
+            raise NeedsWeightsError(
+                f"{method.name}: PEFT begins it from the model's weights, so that it cannot be planned without them "
+                f"({first_line(error)})."
+            ) from error
+        raise ConfigError(
+            f"{method.name}: PEFT cannot put it on {type(model).__name__}: {first_line(error)}"
+        ) from error
+    check_coverage(wrapped, parts, names_modules=names_modules, method=method.name)
+    return with_one_task(wrapped)
+
+
+def check_fits(method: Method, model: PreTrainedModel) -> None:
+    """Raise an UnsupportedModelError where a method is not for this kind of model."""
+    kind = DENSE if is_dense(model) else MOE
+    if kind not in method.fits:
+        raise UnsupportedModelError(
+            f"{method.name}: {type(model).__name__} is a {'dense' if kind == DENSE else 'Mixture-of-Experts'} model, "
+            f"and the method is for {' and '.join(method.fits)} ones. `metier methods` shows what fits."
+        )
+    if method.is_prompt and is_encoder_decoder(model):
+        raise UnsupportedModelError(f"{method.name}: {type(model).__name__} is an encoder-decoder; it needs a decoder.")
+
+
+def target_parts(method: Method, config: RunConfig, model: PreTrainedModel) -> tuple[str, ...]:
+    """Parts of the layers that the method goes on: those that the run names, or the method's own that the model has."""
+    if config.target_parts is not None:
+        return config.target_parts
+    there = part_paths(model)
+    return tuple(part for part in method.default_targets(is_moe="routed" in there) if part in there)
+
+
+def adapter_config(model: PreTrainedModel, config: RunConfig) -> peft.PeftConfig:
+    """The method's configuration: its defaults, then what follows from the model, then what the run says.
+
+    Raises:
+        ConfigError: options that do not go together.
+    """
+    method = method_of(config.method)
+    kind, parts = config_class(method), target_parts(method, config, model)
+    known = {field.name for field in dataclasses.fields(kind)}
+    options: dict[str, Any] = dict(method.defaults)
+    options |= {name: getattr(config, name) for name in _OF_A_RUN if name in known}
+    if "lora_alpha" in known and "r" in known:
+        options["r"] = _rank(config)
+    given = {name: value for name, value in config.method_options.items() if name in known}
+    if parts:
+        options["target_modules"] = modules_of(model, parts)
+    if method.fill is not None:
+        module, _, name = method.fill.partition(":")
+        fill = getattr(importlib.import_module(module), name)
+        options |= fill(model, {**options, **given, "target_parts": parts})
+    options |= given
+    if "task_type" in known:
+        options["task_type"] = "SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM"
+    try:
+        return kind(**options)
+    except MetierError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{method.name}: {first_line(error)}") from error
+
+
+def _rank(config: RunConfig) -> int:
+    """`r`, as PEFT calls it, or `lora_r`, as a run has it for all its LoRAs."""
+    if "r" not in config.method_options:
+        return config.lora_r
+    rank: int = config.method_options["r"]
+    if config.lora_r not in (rank, RunConfig.__dataclass_fields__["lora_r"].default):
+        raise ConfigError(f"r: got {rank}, but lora_r is {config.lora_r}. Leave one of them out.")
+    return rank

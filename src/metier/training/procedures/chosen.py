@@ -1,0 +1,115 @@
+"""What of a trainer a method changes: optimizer, arguments, callbacks, and how it computes a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftModel
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from transformers import Trainer, TrainerCallback
+from transformers.utils import is_galore_torch_available
+
+from metier.catalogue.tree import method_of
+from metier.config import RunConfig
+from metier.errors import ConfigError
+from metier.memory import RowAdamW
+from metier.training.procedures.adalora import AllocateRanks
+from metier.training.procedures.lisa import Lisa
+from metier.training.procedures.mezo import Mezo, measure_by_forward_passes
+
+
+@dataclass(slots=True)
+class Procedure:
+    """Changes of a trainer; a field that is empty leaves it as it is."""
+
+    optimizer: Optimizer | None = None
+    optimizer_class: tuple[type[Optimizer], dict[str, Any]] | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    callbacks: list[TrainerCallback] = field(default_factory=list)
+    after: Callable[[Trainer], None] | None = None
+    """Called with the trainer when it is made."""
+    has_own_loss: bool = False
+    """Whether the model's own loss is what is trained on, and not that of the labelled positions alone."""
+
+
+def procedure_of(config: RunConfig, model: nn.Module) -> Procedure:
+    """How the run's method is trained.
+
+    Raises:
+        ConfigError: an option of the procedure that it cannot have, or a package that it needs and that is missing.
+    """
+    method = method_of(config.method)
+    options = {**method.procedure_options, **_given(config)}
+    rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    match method.optimizer:
+        case None:
+            return Procedure(optimizer_class=_row_optimizer(config) if config.method == "meft" else None)
+        case "adalora":
+            return Procedure(callbacks=[AllocateRanks()])
+        case "lora_plus":
+            assert isinstance(model, PeftModel), "LoRA+ is an adapter"
+            return Procedure(optimizer=create_loraplus_optimizer(model, AdamW, **rates, **options))
+        case "lora_fa":
+            assert isinstance(model, PeftModel), "LoRA-FA is an adapter"
+            adapter = model.peft_config["default"]
+            scale = {"r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
+            return Procedure(optimizer=create_lorafa_optimizer(model, **scale, **rates))
+        case "galore":
+            return Procedure(arguments=_galore(options))
+        case "mezo":
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            optimizer = Mezo(trained, **rates, epsilon=options["mezo_epsilon"], seed=config.seed)
+            directions = options["mezo_directions"]
+            return Procedure(optimizer=optimizer, after=lambda trainer: measure_by_forward_passes(trainer, directions))
+        case "lisa":
+            lisa = Lisa(num_layers=options["lisa_layers"], interval=options["lisa_interval"], seed=config.seed)
+            return Procedure(callbacks=[lisa])
+        case "own_loss":
+            return Procedure(after=use_own_loss, has_own_loss=True)
+    raise AssertionError(f"{method.name}: no procedure is called {method.optimizer!r}")
+
+
+def use_own_loss(trainer: Trainer) -> None:
+    """Train on the loss that the model computes from its labels."""
+
+    def compute_loss(
+        model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs, use_cache=False)
+        # the trainer divides by the number of batches only where it does not count items
+        loss = outputs.loss / trainer.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    trainer.compute_loss = compute_loss
+
+
+def _given(config: RunConfig) -> dict[str, Any]:
+    """Of the method's options those that its procedure has."""
+    known = method_of(config.method).procedure_options
+    return {name: value for name, value in config.method_options.items() if name in known}
+
+
+def _galore(options: dict[str, Any]) -> dict[str, Any]:
+    if not is_galore_torch_available():
+        raise ConfigError("galore: the package galore-torch is missing. Install it: pip install galore-torch.")
+    return {
+        "optim": "galore_adamw",
+        # matrices of the decoder layers; the others have AdamW
+        "optim_target_modules": [r".*layers\.\d+\..*(attn|mlp|feed_forward|experts).*"],
+        "optim_args": ", ".join(f"{name}={value}" for name, value in options.items()),
+    }
+
+
+def _row_optimizer(config: RunConfig) -> tuple[type[Optimizer], dict[str, Any]]:
+    """The optimizer of rows in stores, with the numbers that transformers gives AdamW; groups set the weight decay."""
+    options = {
+        "lr": config.learning_rate,
+        "mode": config.meft_update,
+        "state_dtype": config.meft_state_dtype,
+        "seed": config.seed,
+    }
+    return RowAdamW, options
