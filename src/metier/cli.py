@@ -301,6 +301,33 @@ def methods(
 
 
 @app.command()
+def compare(
+    comparison: Annotated[Path, typer.Argument(metavar="COMPARISON.YAML", help="Model, tasks, methods and seeds.")],
+    jobs: Annotated[int, typer.Option(help="Runs at once, each in a process of its own.")] = 1,
+    minutes: Annotated[float | None, typer.Option(help="Begin no run after so many; the next call goes on.")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Run again what failed before.")] = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report what is there.")] = False,
+) -> None:
+    """Compare methods on tasks: scores, forgetting, memory, time, size, with seeds and intervals.
+
+    Runs that are done are not run again.
+    """
+    from rich.console import Console
+
+    from metier.evaluation.comparison.cells import Cells, forget_failures
+    from metier.evaluation.comparison.config import load_comparison
+    from metier.evaluation.comparison.schedule import run_cells
+    from metier.reports.comparison import write_comparison
+
+    cells = Cells(load_comparison(comparison))
+    if retry:
+        forget_failures(cells, cells.failed())
+    if not report_only:
+        run_cells(cells, console=Console(), num_jobs=jobs, minutes=minutes)
+    typer.echo(f"Report: {write_comparison(cells)}")
+
+
+@app.command()
 def evaluate(
     model: Model,
     task: Annotated[str | None, typer.Option(help="An embedded task: sections, synopsis or translate.")] = None,

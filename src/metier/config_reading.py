@@ -42,13 +42,30 @@ def load_run_config(
             range.
     """
     values = dict(not_needed or {}) | ({} if path is None else _read_file(Path(path)))
-    values |= _read_overrides(overrides)
+    return _made(values | _read_overrides(overrides), "command line" if path is None else str(path))
+
+
+def run_config_of(values: Mapping[str, object], *, where: str) -> RunConfig:
+    """A run's configuration from keys that another file has, such as a comparison's.
+
+    Args:
+        values: as YAML has them.
+        where: the place they came from, for errors.
+
+    Raises:
+        ConfigError: as `load_run_config`.
+    """
+    own = _names()
+    read = {key: _convert(key, value, where) if key in own else _Foreign(value, where) for key, value in values.items()}
+    return _made(read, where)
+
+
+def _made(values: dict[str, Any], where: str) -> RunConfig:
     foreign = {key: value for key, value in values.items() if isinstance(value, _Foreign)}
     values = {key: value for key, value in values.items() if key not in foreign}
     options = _method_options(method_of(values.get("method", DEFAULT_METHOD)).name, foreign)
     missing = [field.name for field in _own_fields() if _is_required(field, values)]
     if missing:
-        where = "command line" if path is None else str(path)
         raise ConfigError(
             f"{where}: missing {_plural(missing, 'key')} {', '.join(missing)}. "
             f"Add {'them' if len(missing) > 1 else 'it'} to the YAML file or the command line, "

@@ -170,7 +170,7 @@ METHODS = (
         inference=_MERGED,
         merges=True,
         config="peft.GraloraConfig",
-        fill="metier.methods.filling:gralora",
+        fill="metier.methods.filling:without_latents",
         defaults={"r": 8, "alpha": 16},
         targets=LINEAR,
     ),
@@ -499,6 +499,7 @@ METHODS = (
         inference="a router and the LoRAs it picks, in every layer",
         merges=False,
         config="peft.PolyConfig",
+        fill="metier.methods.filling:without_latents",
         targets=LINEAR,
     ),
     Method(
@@ -512,5 +513,6 @@ METHODS = (
         merges=False,
         config="peft.XLoraConfig",
         fill="metier.methods.filling:xlora",
+        optimizer="own_loss",
     ),
 )

@@ -132,7 +132,7 @@ def c3a(model: PreTrainedModel, options: Options) -> dict[str, Any]:
     return {"block_size": _divisor(model, options, 256)}
 
 
-def gralora(model: PreTrainedModel, options: Options) -> dict[str, Any]:
+def without_latents(model: PreTrainedModel, options: Options) -> dict[str, Any]:
     """All but the layer that turns latent vectors into keys and values, which gets an axis more than it can take."""
     return {"target_modules": _without_latents(options)}
 
@@ -164,10 +164,14 @@ def waveft(model: PreTrainedModel, options: Options) -> dict[str, Any]:
 
 def xlora(model: PreTrainedModel, options: Options) -> dict[str, Any]:
     """The width of what its router reads."""
-    if not options.get("adapters"):
+    adapters = options.get("adapters") or {}
+    if not adapters or list(adapters) != [str(number) for number in range(len(adapters))]:
         raise ConfigError(
-            "xlora: got no adapters, expected the folders of the LoRAs that it mixes, such as {law: runs/law/adapter}."
+            f"xlora: got adapters {list(adapters)}, expected the folders of the LoRAs that it mixes, named 0, 1 … as "
+            "PEFT calls them, such as {0: runs/law/adapter, 1: runs/code/adapter}."
         )
+    # its router runs the model twice for each token, which PEFT refuses to do with a cache
+    model.config.use_cache = False
     return {"hidden_size": model.config.get_text_config().hidden_size}
 
 

@@ -1,0 +1,54 @@
+"""Intervals over seeds and items, ties, fronts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metier.evaluation.comparison.statistics import Seeds, differs, front, score_of
+
+
+def seeds(items_SN: np.ndarray, shift: float = 0.0) -> Seeds:
+    return Seeds(tuple(items_SN.mean(1) + shift), items_SN)
+
+
+def test_an_interval_is_as_wide_as_the_noise_of_the_items_says() -> None:
+    items_SN = np.random.default_rng(0).normal(50, 10, size=(1, 400))
+    found = score_of(seeds(items_SN))
+    assert found.value == pytest.approx(items_SN.mean())
+    # the normal distribution's 95%, up to the noise of a bootstrap
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * items_SN.std() / 20, rel=0.1)
+
+
+def test_seeds_that_disagree_widen_it() -> None:
+    items_SN = np.full((3, 50), 10.0)
+    apart = items_SN + np.array([[-3.0], [0.0], [3.0]])
+    assert score_of(seeds(items_SN)).high - score_of(seeds(items_SN)).low == 0
+    assert score_of(seeds(apart)).high - score_of(seeds(apart)).low > 3
+
+
+def test_a_corpus_metric_keeps_its_own_value() -> None:
+    found = score_of(seeds(np.random.default_rng(0).normal(50, 10, size=(2, 60)), shift=5.0))
+    assert found.low < found.value < found.high
+
+
+def test_candidates_are_compared_on_the_same_items() -> None:
+    hard = np.random.default_rng(0).normal(50, 20, size=(1, 100))
+    assert differs(seeds(hard), seeds(hard + 1))
+    assert not differs(seeds(hard), seeds(hard))
+    other = np.random.default_rng(1).normal(51, 20, size=(1, 100))
+    assert not differs(seeds(hard), seeds(other))
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=30))
+def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
+    best = front(points)
+    assert best
+    for index, (cost, score) in enumerate(points):
+        is_beaten = any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in points)
+        if is_beaten:
+            assert index not in best
+        else:
+            assert (cost, score) in [points[one] for one in best]
