@@ -410,6 +410,7 @@ def test_a_copied_model_is_a_model_of_its_own_even_after_a_step():
     wrapped = mixed().train()
     wrapped(input_ids=tokens(), labels=tokens()).loss.backward()
     copied = copy.deepcopy(wrapped).eval()
+    assert all(layer.balance["default"].value is None for layer in layers(copied))
     shaken(wrapped, seed=5)
     assert torch.equal(copied(tokens()).logits, mixed()(tokens()).logits)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -26,14 +28,21 @@ RECORDS = [
 ]
 
 
-@pytest.fixture
-def wrapped() -> peft.PeftModel:
-    model = peft.get_peft_model(tiny_model("llama"), MixLoraConfig(num_experts=4, top_k=2, r=2))
+CONFIG = MixLoraConfig(num_experts=4, top_k=2, r=2)
+
+
+def shaken(model: peft.PeftModel) -> peft.PeftModel:
+    """With values of an adapter that do something, as after training."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "mixlora_" in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape))
     return model.eval()
+
+
+@pytest.fixture
+def wrapped() -> peft.PeftModel:
+    return shaken(peft.get_peft_model(tiny_model("llama"), copy.copy(CONFIG)))
 
 
 def profiled(model: PreTrainedModel, **options):
@@ -75,12 +84,16 @@ def test_a_profile_s_selection_is_trained(wrapped) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::metier.routing.profile.UnreliableProfileWarning")
-def test_output_norms_are_those_of_what_an_expert_adds(wrapped) -> None:
+def test_output_norms_are_those_of_what_an_expert_adds() -> None:
+    model = tiny_model("llama", mlp_bias=True)
+    block = model.model.layers[0].mlp
+    with torch.no_grad():
+        block.down_proj.bias.normal_()
+    wrapped = shaken(peft.get_peft_model(model, copy.copy(CONFIG)))
     (view, *_) = routed_layers(wrapped)
     hidden_TD, ids_T1 = torch.randn(5, 32), torch.tensor([[0], [1], [2], [3], [0]])
     half_TD = view.entry(hidden_TD, ids_T1, torch.full((5, 1), 0.5))
     whole_TD = view.entry(hidden_TD, ids_T1, torch.ones(5, 1), with_base=True)
-    block = wrapped.get_base_model().model.layers[0].mlp.base_layer
     torch.testing.assert_close(half_TD, 0.5 * (whole_TD - block(hidden_TD)), rtol=1e-4, atol=1e-6)
     assert profiled(wrapped, output_norms=True).token_counts_HLE.sum() > 0
 
