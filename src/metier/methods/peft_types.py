@@ -24,6 +24,8 @@ class MetierPeftType(StrEnum):
     ESFT = "ESFT"
     EXPERT_LORA = "EXPERT_LORA"
     MEFT = "MEFT"
+    LADDER = "LADDER"
+    MIXLORA = "MIXLORA"
 
 
 def register(peft_type: MetierPeftType, config_class: type[PeftConfig], tuner_class: type[BaseTuner]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from metier.models.unwrap import original_module
+
 
 def layer_stacks(model: nn.Module) -> list[nn.ModuleList]:
     """Every row of layers that transformers can checkpoint one by one; most models have one, encoder-decoders two.
@@ -15,5 +17,7 @@ def layer_stacks(model: nn.Module) -> list[nn.ModuleList]:
     return [
         module
         for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) and isinstance(module[0], GradientCheckpointingLayer)
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and isinstance(original_module(module[0]), GradientCheckpointingLayer)
     ]

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from metier.errors import SelectionError
-from metier.models.moe import MoELayer, moe_layers
+from metier.models.moe import MoELayer
+from metier.models.routed import routed_layers
 from metier.routing.esft_format import ExpertConfig, read_expert_config, write_expert_config
 
 
@@ -75,9 +76,9 @@ class ExpertSelection:
         Raises:
             SelectionError: a layer without routed experts, an expert id past the last one, or shared experts
                 of a model that has none.
-            UnsupportedModelError: as `moe_layers`.
+            UnsupportedModelError: as `routed_layers`.
         """
-        layers = {layer.index: layer for layer in (moe_layers(model) if isinstance(model, nn.Module) else model)}
+        layers = {layer.index: layer for layer in (routed_layers(model) if isinstance(model, nn.Module) else model)}
         for layer, ids in self.experts.items():
             if layer not in layers:
                 raise SelectionError(

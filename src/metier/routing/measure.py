@@ -16,8 +16,9 @@ from metier import __version__
 from metier.data.pairs import Pair, PairCollator
 from metier.errors import ConfigError, DataError, UnsupportedModelError
 from metier.models.encoder_decoder import decoder_start_token, is_encoder_decoder, refuse_encoder_decoder
-from metier.models.fingerprint import fingerprint
-from metier.models.moe import MoELayer, moe_layers
+from metier.models.fingerprint import fingerprint_of_any
+from metier.models.moe import MoELayer
+from metier.models.routed import routed_layers
 from metier.models.unwrap import bare_model
 from metier.routing.blocks import BlockCounts
 from metier.routing.capture import RoutingCapture, evaluating
@@ -45,7 +46,7 @@ def count_sequences(
     """The profile of ready sequences of token ids.
 
     Args:
-        model: a transformers MoE model, bare or wrapped by PEFT.
+        model: a transformers MoE model, bare or wrapped by PEFT; or a dense one with a mixture of experts on it.
         sequences_NS: token ids without padding, int64, (num_sequences, sequence_length).
         batch_size: sequences a forward pass.
         output_norms: measure the norms of the experts' outputs too, which runs the experts once more.
@@ -102,7 +103,7 @@ def _count(
     num_tokens_N = inputs.num_tokens_N
     num_sequences = len(num_tokens_N)
     _check(until_stable, num_sequences=num_sequences, output_norms=output_norms)
-    layers = moe_layers(model)
+    layers = routed_layers(model)
     num_experts, top_k = _uniform(layers, "num_experts"), _uniform(layers, "top_k")
     num_blocks = 2 if until_stable is None else NUM_BLOCKS
     counter = RoutingCounter(
@@ -199,7 +200,7 @@ def _describe(model: nn.Module, *, sequence_length: int) -> dict[str, str]:
     return {
         "model": getattr(config, "_name_or_path", "") or type(bare).__name__,
         "model_type": str(getattr(config, "model_type", type(bare).__name__)),
-        "fingerprint": fingerprint(model),
+        "fingerprint": fingerprint_of_any(model),
         "adapter": ", ".join(adapters) or "none",
         "dtype": str(next(bare.parameters()).dtype).removeprefix("torch."),
         "sequence_length": str(sequence_length),

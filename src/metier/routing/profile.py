@@ -62,7 +62,8 @@ def profile(
     `max_length` then limits prompt and reply, and longer records are left out with a warning.
 
     Args:
-        model: a transformers MoE model, bare or wrapped by PEFT (then what is measured is the tuned model).
+        model: a transformers MoE model, bare or wrapped by PEFT (then what is measured is the tuned model); or a
+            dense one that an adapter has made a mixture of (then its routers are).
         tokenizer: the model's, with a chat template.
         records: conversations of the task, from its training data.
         num_tokens: how many tokens to measure at most; the paper finds 131,072 enough.
