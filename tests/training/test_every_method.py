@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict] = {
     "trainable_tokens": {"token_indices": [70, 80]},
     # the tiny models' matrices are smaller than what PEFT takes of each by default
     "shira": {"r": 4},
+    "ladder": {"reduction": 2, "num_heads": 2},
 }
 NOT_ON_LATENTS = ("prefix", "cartridge")
 """They stand in a KV cache of keys and values, and the MoE model's has latent vectors."""
@@ -59,11 +60,6 @@ def run(tmp_path: Path, records: Path, console, monkeypatch):
         tiny_model(FAMILIES[kind]).save_pretrained(base)
         tiny_tokenizer().save_pretrained(base)
         options = {**OPTIONS.get(name, {}), **changes.pop("method_options", {})}
-        if name == "xlora":
-            options["adapters"] = {
-                "0": str(_lora_of(base, tmp_path / "one")),
-                "1": str(_lora_of(base, tmp_path / "two")),
-            }
         values = {"learning_rate": 1e-2, "max_steps": 2, "logging_steps": 1, "max_length": 128, "top_p": 0.5, **changes}
         config = RunConfig(
             model=str(base),
@@ -76,16 +72,6 @@ def run(tmp_path: Path, records: Path, console, monkeypatch):
         return base, train(config, console=console)
 
     return trained
-
-
-def _lora_of(base: Path, folder: Path) -> Path:
-    """A LoRA that is there already, for methods that mix some."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    made = peft.get_peft_model(
-        model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    )
-    made.save_pretrained(folder)
-    return folder
 
 
 CASES = [
@@ -107,7 +93,6 @@ def test_a_method_trains_saves_and_loads_to_the_same_logits(name: str, kind: str
         loaded = AutoModelForCausalLM.from_pretrained(result.folder / "adapter")
     else:
         fresh = AutoModelForCausalLM.from_pretrained(base)
-        fresh.config.use_cache = name != "xlora"  # as PEFT wants it of X-LoRA
         loaded = with_one_task(peft.PeftModel.from_pretrained(fresh, result.folder / "adapter"))
     torch.testing.assert_close(logits(loaded), expected, rtol=SAME, atol=SAME)
     if method.merges and not method.saves_whole_model:

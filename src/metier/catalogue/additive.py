@@ -33,6 +33,7 @@ METHODS = (
         defaults={"adapter_len": 10, "task_type": "CAUSAL_LM"},
         fill="metier.methods.filling:adaption_prompt",
         optimizer="own_loss",
+        not_traced="it is trained on the model's own loss, and the trace is of another",
     ),
     Method(
         name="shadow",
@@ -128,6 +129,7 @@ METHODS = (
         fill="metier.methods.filling:cpt",
         is_prompt=True,
         optimizer="own_loss",
+        not_traced="it is trained on the model's own loss, and the trace is of another",
     ),
     Method(
         name="ia3",

@@ -7,6 +7,7 @@ from metier.catalogue.method import LINEAR, Method
 _GRADIENTS = ("Memory-efficient", "Smaller optimizer state")
 _NO_GRADIENTS = ("Memory-efficient", "Without a backward pass")
 _QUANTISED = ("Memory-efficient", "Quantised base")
+_SIDE = ("Memory-efficient", "Beside the backbone")
 _BASELINE = ("Baselines", "Everything")
 
 METHODS = (
@@ -20,6 +21,18 @@ METHODS = (
         inference="nothing",
         merges=True,
         saves_whole_model=True,
+    ),
+    Method(
+        name="ladder",
+        title="Ladder side tuning (LST)",
+        branch=_SIDE,
+        paper="arXiv:2206.06522",
+        provider="metier",
+        trains="a small network beside the decoder, through which alone gradients go back",
+        inference="the side network's passes and its own KV cache",
+        merges=False,
+        config="metier.methods.ladder.LadderConfig",
+        not_traced="the backward pass does not come by the layers, by which a trace repeats them",
     ),
     Method(
         name="lora_fa",
@@ -90,6 +103,7 @@ METHODS = (
         inference="nothing",
         merges=True,
         optimizer="mezo",
+        not_traced="a step has no backward pass, which is what is traced; it takes about as much as generating",
         procedure_options={"mezo_epsilon": 1e-3, "mezo_directions": 1},
         saves_whole_model=True,
     ),

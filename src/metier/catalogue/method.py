@@ -56,6 +56,8 @@ class Method:
     """A training procedure of its own, by the name that `training/` knows it by; None is AdamW."""
     procedure_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of that procedure, with their defaults."""
+    not_traced: str = ""
+    """Why its step cannot be foreseen, as a clause; "" where it can."""
     saves_whole_model: bool = False
     """Whether it changes the base itself, so that a run leaves a model instead of an adapter."""
 

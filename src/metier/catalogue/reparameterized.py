@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from metier.catalogue.method import LINEAR, MOE, Method
+from metier.catalogue.method import DENSE, LINEAR, MOE, Method
 
 _LOW_RANK = ("Reparameterized", "Low-rank decomposition")
 _DERIVED = ("Reparameterized", "LoRA derivatives")
@@ -503,16 +503,32 @@ METHODS = (
         targets=LINEAR,
     ),
     Method(
-        name="xlora",
-        title="X-LoRA",
+        name="mixlora",
+        title="MixLoRA: routed LoRA experts in a dense model",
         branch=_MIXED,
-        paper="arXiv:2402.07148",
-        provider="PEFT",
-        trains="how a token mixes LoRAs that are there already",
-        inference="a router and the LoRAs it picks, in every layer",
+        paper="arXiv:2404.15159",
+        provider="metier",
+        trains="LoRA experts beside every feed-forward block, and routers that pick top_k of them for a token",
+        inference="a router and the thin products of the experts that it picks",
         merges=False,
-        config="peft.XLoraConfig",
-        fill="metier.methods.filling:xlora",
-        optimizer="own_loss",
+        fits=(DENSE,),
+        config="metier.methods.mixlora.MixLoraConfig",
+        optimizer="auxiliary_loss",
+        not_traced="which experts its routers pick depends on numbers, which a trace has none of",
+    ),
+    Method(
+        name="molora",
+        title="MoLoRA: all LoRA experts, weighted",
+        branch=_MIXED,
+        paper="arXiv:2309.05444",
+        provider="metier",
+        trains="LoRA experts beside every feed-forward block, and routers that weigh them for a token",
+        inference="a router and the thin products of all experts",
+        merges=False,
+        fits=(DENSE,),
+        config="metier.methods.mixlora.MixLoraConfig",
+        defaults={"num_experts": 4, "top_k": 4},
+        optimizer="auxiliary_loss",
+        not_traced="which experts its routers pick depends on numbers, which a trace has none of",
     ),
 )

@@ -162,19 +162,6 @@ def waveft(model: PreTrainedModel, options: Options) -> dict[str, Any]:
     return {"n_frequency": min(2_592, _smallest(model, options))}
 
 
-def xlora(model: PreTrainedModel, options: Options) -> dict[str, Any]:
-    """The width of what its router reads."""
-    adapters = options.get("adapters") or {}
-    if not adapters or list(adapters) != [str(number) for number in range(len(adapters))]:
-        raise ConfigError(
-            f"xlora: got adapters {list(adapters)}, expected the folders of the LoRAs that it mixes, named 0, 1 … as "
-            "PEFT calls them, such as {0: runs/law/adapter, 1: runs/code/adapter}."
-        )
-    # its router runs the model twice for each token, which PEFT refuses to do with a cache
-    model.config.use_cache = False
-    return {"hidden_size": model.config.get_text_config().hidden_size}
-
-
 def _without_latents(options: Options) -> Any:
     targets = options["target_modules"]
     return [target for target in targets if not target.endswith("kv_b_proj")] if isinstance(targets, list) else targets

@@ -93,10 +93,8 @@ def _traced(
             "which rows a batch has in common depends on numbers, which a trace has none of: the step of a sparse "
             "adapter with meft_semantics: union cannot be traced."
         )
-    if method_of(config.method).optimizer == "mezo":
-        raise UnsupportedModelError(
-            "MeZO's step has no backward pass, which is what is traced: it takes about as much memory as generating."
-        )
+    if reason := method_of(config.method).not_traced:
+        raise UnsupportedModelError(f"{config.method}: its step is not foreseen, for {reason}.")
     model = skeleton.model.train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -68,6 +68,8 @@ def procedure_of(config: RunConfig, model: nn.Module) -> Procedure:
         case "lisa":
             lisa = Lisa(num_layers=options["lisa_layers"], interval=options["lisa_interval"], seed=config.seed)
             return Procedure(callbacks=[lisa])
+        case "auxiliary_loss":
+            return Procedure(after=add_auxiliary_loss)
         case "own_loss":
             return Procedure(after=use_own_loss, has_own_loss=True)
     raise AssertionError(f"{method.name}: no procedure is called {method.optimizer!r}")
@@ -83,6 +85,26 @@ def use_own_loss(trainer: Trainer) -> None:
         # the trainer divides by the number of batches only where it does not count items
         loss = outputs.loss / trainer.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    trainer.compute_loss = compute_loss
+
+
+def add_auxiliary_loss(trainer: Trainer) -> None:
+    """Add what the adapter's tuner asks for by `auxiliary_loss()`, such as that its routers share out their tokens.
+
+    It is a mean over a batch, so that over several batches of a step it is their mean.
+    """
+    plain = trainer.compute_loss
+
+    def compute_loss(
+        model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        found = plain(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training:
+            return found
+        tuner: Any = trainer.accelerator.unwrap_model(model).base_model
+        added = tuner.auxiliary_loss() / trainer.current_gradient_accumulation_steps
+        return (found[0] + added, found[1]) if return_outputs else found + added
 
     trainer.compute_loss = compute_loss
 
