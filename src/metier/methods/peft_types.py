@@ -24,6 +24,10 @@ class MetierPeftType(StrEnum):
     ESFT = "ESFT"
     EXPERT_LORA = "EXPERT_LORA"
     MEFT = "MEFT"
+    BOTTLENECK = "BOTTLENECK"
+    METIER_PREFIX = "METIER_PREFIX"
+    MAM = "MAM"
+    UNIPELT = "UNIPELT"
 
 
 def register(peft_type: MetierPeftType, config_class: type[PeftConfig], tuner_class: type[BaseTuner]) -> None:
