@@ -21,6 +21,7 @@ _METHODS = (
     "metier.methods.expert_lora",
     "metier.methods.meft",
     "metier.methods.bottleneck",
+    "metier.methods.prefix",
 )
 
 

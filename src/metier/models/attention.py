@@ -103,8 +103,7 @@ def head_sizes(module: nn.Module, path: str) -> HeadSizes:
         head_dim = None if width is None or num_heads is None else width // num_heads
     key_head_dim = _known(head_dim, "head_dim", path)
     keys, values = _out_features(module, "k_proj"), _out_features(module, "v_proj")
-    heads = keys // key_head_dim if keys else _first_int(module, "num_key_value_heads", "num_kv_heads") or num_heads
-    num_key_value_heads = _known(heads, "num_key_value_heads", path)
+    num_key_value_heads = keys // key_head_dim if keys else _num_key_value_heads(module, num_heads, path)
     return HeadSizes(
         num_key_value_heads=num_key_value_heads,
         key_head_dim=key_head_dim,
@@ -130,6 +129,14 @@ def query_value_names(module: nn.Module, path: str) -> list[str]:
             )
         names.append(name)
     return names
+
+
+def _num_key_value_heads(module: nn.Module, num_heads: int | None, path: str) -> int:
+    # how often heads repeat says more than the configuration: DeepSeek V4 has one head whatever that says
+    groups = _first_int(module, "num_key_value_groups")
+    if groups and num_heads:
+        return num_heads // groups
+    return _known(_first_int(module, "num_key_value_heads", "num_kv_heads") or num_heads, "num_key_value_heads", path)
 
 
 def _is_attention(name: str, module: nn.Module) -> bool:
