@@ -22,6 +22,7 @@ _METHODS = (
     "metier.methods.meft",
     "metier.methods.bottleneck",
     "metier.methods.prefix",
+    "metier.methods.hybrid",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,11 @@ _INPUT_NAMES = ("hidden_states", "hidden", "x", "input")
 class BlockLayer(nn.Module, BaseTunerLayer):
     """Stands in a model for a module, which it keeps as `base_layer`; abstract.
 
-    Parameters of adapters lie in dictionaries by adapter, whose names are in `adapter_layer_names`.
+    Parameters of adapters lie in dictionaries by adapter, whose names are in `adapter_layer_names`; what they are is in
+    `configs`.
     """
+
+    other_param_names: tuple[str, ...] = ("configs",)
 
     cannot_merge: ClassVar[str]
     """Why, as a sentence for an error."""
@@ -26,23 +30,22 @@ class BlockLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, path: str) -> None:
         super().__init__()
         self.base_layer, self.path = base_layer, path
+        self.configs: dict[str, Any] = {}
         self.merged_adapters: list[str] = []
 
     @property
-    def adapter_names(self) -> list[str]:
+    def adapter_names(self) -> Collection[str]:
         """The adapters that stand here."""
-        names: list[str] = BaseTunerLayer._all_available_adapter_names(self)
-        return names
+        return self.configs.keys()
 
     def answering(self) -> list[str]:
         """The adapters that stand here and take part in a forward pass now."""
-        active: list[str] = BaseTunerLayer.active_adapters.fget(self)
-        here = self.adapter_names
-        return [] if self.disable_adapters else [name for name in active if name in here]
+        active: list[str] = self.active_adapters  # type: ignore[assignment]
+        return [] if self.disable_adapters else [name for name in active if name in self.configs]
 
     def set_gradients(self) -> None:
         """Let the parameters of the active adapters want gradients, and no others; after an adapter was added."""
-        BaseTunerLayer.set_adapter(self, BaseTunerLayer.active_adapters.fget(self))
+        BaseTunerLayer.set_adapter(self, self.active_adapters)
 
     def base_device(self) -> torch.device:
         """Where the module's own parameters are, and an adapter's are made."""

@@ -84,7 +84,8 @@ def check_implementation(implementation: str | None, path: str) -> None:
 
 def _get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Any:
     function = _transformers_get_interface(self, attn_implementation, default)
-    extra = _CURRENT.get()
+    # a context variable cannot be traced; and no module with extra keys is compiled: their layers run as they are
+    extra = None if torch.compiler.is_compiling() else _CURRENT.get()
     if extra is None:
         return function
     check_implementation(attn_implementation, extra.path)

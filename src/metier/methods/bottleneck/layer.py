@@ -40,7 +40,6 @@ class BottleneckLayer(BlockLayer):
         self.hidden_size, self.layer_index = hidden_size, index_of_owner(path)
         self.bottleneck_norm, self.bottleneck_gate = nn.ModuleDict(), nn.ModuleDict()
         self.bottleneck_down, self.bottleneck_up = nn.ModuleDict(), nn.ModuleDict()
-        self.configs: dict[str, BottleneckConfig] = {}
         self.num_dropped_layers = 0
         self.dropped_in_step: dict[str, int] = {}
 
@@ -74,7 +73,8 @@ class BottleneckLayer(BlockLayer):
 
     def added(self, adapter_name: str, hidden: Tensor) -> Tensor:
         """What one adapter adds to the block's output, of the shape of what it reads."""
-        config, dtype = self.configs[adapter_name], hidden.dtype
+        config: BottleneckConfig = self.configs[adapter_name]
+        dtype = hidden.dtype
         read = hidden
         if config.layer_norm:
             norm = self.bottleneck_norm[adapter_name]

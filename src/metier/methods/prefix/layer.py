@@ -46,7 +46,6 @@ class PrefixLayer(BlockLayer):
         "prefix_out",
         "prefix_gate",
     )
-    other_param_names = ("configs",)
     cannot_merge = CANNOT_MERGE
 
     def __init__(self, base_layer: nn.Module, path: str, hidden_size: int) -> None:
@@ -55,7 +54,6 @@ class PrefixLayer(BlockLayer):
         self.prefix_key, self.prefix_value = nn.ParameterDict(), nn.ParameterDict()
         self.prefix_tokens, self.prefix_gate = nn.ParameterDict(), nn.ModuleDict()
         self.prefix_hidden, self.prefix_out = nn.ModuleDict(), nn.ModuleDict()
-        self.configs: dict[str, PrefixConfig] = {}
 
     def update_layer(self, adapter_name: str, config: PrefixConfig) -> None:
         """Add a prefix of small random keys and values."""
@@ -84,8 +82,10 @@ class PrefixLayer(BlockLayer):
             ConfigError: the model's attention implementation has no mask that a prefix could be in.
         """
         names = self.answering()
-        if not names:
-            return self.base_layer(*args, **kwargs)
+        return self._attend(names, *args, **kwargs) if names else self.base_layer(*args, **kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _attend(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
         prefixes = [self.prefix(name) for name in names]
         extra = ExtraKeys(
             module=original_module(self.base_layer),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from peft import PeftConfig
@@ -36,13 +37,7 @@ class PrefixModel(ParameterTuner):
         Raises:
             ConfigError: there is no such adapter.
         """
-        if adapter_name not in self.peft_config:
-            raise ConfigError(
-                f"fold_prefix: got no adapter {adapter_name!r}, expected one of {', '.join(self.peft_config)}."
-            )
-        for module in self.model.modules():
-            if isinstance(module, PrefixLayer):
-                module.fold(adapter_name)
+        fold_layers(self.model, self.peft_config, adapter_name)
         self.peft_config[adapter_name].bottleneck = None
 
     def _chosen_modules(self, config: PeftConfig) -> list[str]:
@@ -62,3 +57,16 @@ def new_prefix_layer(model: nn.Module, module: nn.Module, path: str) -> PrefixLa
     config: Any = getattr(original_module(module), "config", None)
     check_implementation(getattr(config, "_attn_implementation", None), path)
     return PrefixLayer(module, path, hidden_size_of(model))
+
+
+def fold_layers(model: nn.Module, known: Collection[str], adapter_name: str) -> None:
+    """Fold one of the `known` adapters in every layer of `model` that has a prefix of it.
+
+    Raises:
+        ConfigError: there is no such adapter.
+    """
+    if adapter_name not in known:
+        raise ConfigError(f"fold_prefix: got no adapter {adapter_name!r}, expected one of {', '.join(known)}.")
+    for module in model.modules():
+        if isinstance(module, PrefixLayer):
+            module.fold(adapter_name)
