@@ -79,10 +79,10 @@ class Reference(nn.Module):
     def __init__(self, layer: BottleneckLayer, config: BottleneckConfig):
         super().__init__()
         self.block, self.config = layer.base_layer, config
-        self.norm = copy.deepcopy(layer.bottleneck_norm["default"]) if config.layer_norm else nn.Identity()
-        self.down = copy.deepcopy(layer.bottleneck_down["default"])
-        self.up = copy.deepcopy(layer.bottleneck_up["default"])
-        self.gate = copy.deepcopy(layer.bottleneck_gate["default"]) if config.gated else None
+        self.norm = copy.deepcopy(layer.tuned_bottleneck_norm["default"]) if config.layer_norm else nn.Identity()
+        self.down = copy.deepcopy(layer.tuned_bottleneck_down["default"])
+        self.up = copy.deepcopy(layer.tuned_bottleneck_up["default"])
+        self.gate = copy.deepcopy(layer.tuned_bottleneck_gate["default"]) if config.gated else None
 
     def forward(self, *args, **kwargs):
         out = self.block(*args, **kwargs)
@@ -123,7 +123,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(family, options):
     for layer, reference in found.items():
         for part in ("norm", "down", "up", "gate"):
             for own, other in zip(
-                (p for m in getattr(layer, f"bottleneck_{part}").values() for p in m.parameters()),
+                (p for m in getattr(layer, f"tuned_bottleneck_{part}").values() for p in m.parameters()),
                 (p for p in (getattr(reference, part) or nn.Identity()).parameters()),
                 strict=True,
             ):
@@ -197,7 +197,7 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_loaded(breakage,
     wrapped.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     state = load_file(path)
-    name = "base_model.model.model.layers.1.mlp.bottleneck_down.weight"
+    name = "base_model.model.model.layers.1.mlp.tuned_bottleneck_down.weight"
     if breakage == "missing":
         del state[name]
     elif breakage == "foreign":
@@ -272,8 +272,8 @@ class TestAdapterDrop:
         everything, fewer = wrapped(tokens()).logits, wrapped_model(variant="houlsby")
         for layer in layers(fewer):
             if layer.layer_index < 2:
-                layer.bottleneck_up["default"].requires_grad_(False).weight.zero_()
-                layer.bottleneck_up["default"].bias.zero_()
+                layer.tuned_bottleneck_up["default"].requires_grad_(False).weight.zero_()
+                layer.tuned_bottleneck_up["default"].bias.zero_()
         wrapped.drop_layers(2)
         assert torch.equal(wrapped(tokens()).logits, fewer(tokens()).logits)
         wrapped.drop_layers(0)
@@ -288,7 +288,7 @@ class TestAdapterDrop:
         for _ in range(12):
             wrapped.zero_grad()
             wrapped(input_ids=tokens(), labels=tokens()).loss.backward()
-            resting.add(tuple(layer.bottleneck_up["default"].weight.grad is None for layer in layers(wrapped)))
+            resting.add(tuple(layer.tuned_bottleneck_up["default"].weight.grad is None for layer in layers(wrapped)))
         assert resting == {(False, False, False), (True, False, False), (True, True, False)}
         expected = wrapped_model().eval()(tokens()).logits
         assert torch.equal(wrapped.eval()(tokens()).logits, expected)

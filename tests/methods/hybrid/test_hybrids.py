@@ -15,9 +15,9 @@ from methods.prefix.reference import decoder, with_plain_attention
 from metier.errors import BaseMismatchError, ConfigError, CorruptDeltaError, DeltaError, UnsupportedModelError
 from metier.methods.average import average_adapters
 from metier.methods.block_layer import BlockLayer
-from metier.methods.bottleneck import BottleneckLayer
+from metier.methods.bottleneck import BottleneckConfig, BottleneckLayer
 from metier.methods.hybrid import GatedLoraLayer, MamConfig, UnipeltConfig
-from metier.methods.prefix import PrefixLayer
+from metier.methods.prefix import PrefixConfig, PrefixLayer
 from metier.models.fingerprint import mark_skeleton
 from tiny_models import tiny_model
 
@@ -43,9 +43,9 @@ def layers(wrapped, kind=BlockLayer):
     return [module for module in wrapped.modules() if isinstance(module, kind)]
 
 
-def wrapped_model(method: str, base, *, seed: int = 1):
+def wrapped_model(method: str, base, *, seed: int = 1, configs=CONFIGS):
     """An adapter as training might leave it."""
-    wrapped = peft.get_peft_model(base, CONFIGS[method]()).train(base.training)
+    wrapped = peft.get_peft_model(base, configs[method]()).train(base.training)
     generator = torch.Generator().manual_seed(seed)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
@@ -58,7 +58,7 @@ class Lora(nn.Module):
 
     def __init__(self, base: nn.Module, layer: GatedLoraLayer):
         super().__init__()
-        self.base, self.parts = base, copies(layer, "lora_a", "lora_b", "lora_gate")
+        self.base, self.parts = base, copies(layer, "tuned_lora_a", "tuned_lora_b", "tuned_lora_gate")
 
     def forward(self, hidden):
         a, b, gate = self.parts
@@ -70,7 +70,11 @@ class Bottleneck(nn.Module):
 
     def __init__(self, block: nn.Module, layer: BottleneckLayer):
         super().__init__()
-        names = ["bottleneck_down", "bottleneck_up", *(["bottleneck_gate"] if layer.bottleneck_gate else [])]
+        names = [
+            "tuned_bottleneck_down",
+            "tuned_bottleneck_up",
+            *(["tuned_bottleneck_gate"] if layer.tuned_bottleneck_gate else []),
+        ]
         self.block, self.parts = block, copies(layer, *names)
 
     def forward(self, hidden):
@@ -104,9 +108,9 @@ def written_out(kind: str, wrapped):
         pairs += zip(own, made.parts.parameters(), strict=True)
     prefixes = layers(wrapped, PrefixLayer)
     for layer, made in zip(prefixes, with_plain_attention(plain, prefixes), strict=True):
-        pairs += [(layer.prefix_key["default"], made.key), (layer.prefix_value["default"], made.value)]
+        pairs += [(layer.tuned_prefix_key["default"], made.key), (layer.tuned_prefix_value["default"], made.value)]
         if made.gate is not None:
-            pairs.append((layer.prefix_gate["default"].weight, made.gate.weight))
+            pairs.append((layer.tuned_prefix_gate["default"].weight, made.gate.weight))
     return plain, pairs
 
 
@@ -163,6 +167,23 @@ def test_a_saved_adapter_is_one_file_and_gives_the_same_logits(method, family, t
         torch.testing.assert_close(again(tokens()).logits, wrapped(tokens()).logits, rtol=1e-6, atol=1e-6)
 
 
+LOADED_BY_TRANSFORMERS = {
+    **CONFIGS,
+    "bottleneck": lambda: BottleneckConfig(r=4),
+    "prefix": lambda: PrefixConfig(num_prefix_tokens=3),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("method", LOADED_BY_TRANSFORMERS)
+def test_transformers_loads_an_adapter_into_a_bare_model(method, family, tmp_path):
+    wrapped = wrapped_model(method, model(family), configs=LOADED_BY_TRANSFORMERS)
+    wrapped.save_pretrained(tmp_path)
+    bare = model(family)
+    bare.load_adapter(str(tmp_path))
+    torch.testing.assert_close(bare(tokens()).logits, wrapped(tokens()).logits, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_file_that_does_not_fit_and_another_base_are_refused(method, tmp_path):
     wrapped = wrapped_model(method, model())
@@ -172,7 +193,7 @@ def test_a_file_that_does_not_fit_and_another_base_are_refused(method, tmp_path)
     with pytest.raises(BaseMismatchError, match="Load the base that it was trained on"):
         peft.PeftModel.from_pretrained(other, tmp_path)
     state = load_file(tmp_path / "adapter_model.safetensors")
-    del state["base_model.model.model.layers.1.mlp.bottleneck_up.weight"]
+    del state["base_model.model.model.layers.1.mlp.tuned_bottleneck_up.weight"]
     save_file(state, tmp_path / "adapter_model.safetensors")
     with pytest.raises(CorruptDeltaError, match="nothing was loaded"):
         wrapped.load_adapter(str(tmp_path), "default")
@@ -263,7 +284,7 @@ def test_the_network_of_a_mam_prefix_folds():
     logits = wrapped(tokens()).logits
     wrapped.fold_prefix()
     assert wrapped.peft_config["default"].prefix_bottleneck is None
-    assert not any("prefix_tokens" in name for name, _ in wrapped.named_parameters())
+    assert not any("tuned_prefix_tokens" in name for name, _ in wrapped.named_parameters())
     torch.testing.assert_close(wrapped(tokens()).logits, logits, rtol=1e-6, atol=1e-6)
 
 

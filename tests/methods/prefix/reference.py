@@ -111,7 +111,7 @@ def with_plain_attention(model, wrapped_layers, adapter_name: str = "default") -
     found = []
     for layer in wrapped_layers:
         parent, _, name = layer.path.rpartition(".")
-        gate = dict(layer.prefix_gate.items()).get(adapter_name)
+        gate = dict(layer.tuned_prefix_gate.items()).get(adapter_name)
         plain = PlainAttention(model.get_submodule(layer.path), *layer.prefix(adapter_name))
         if gate is not None:
             plain.gate = nn.Linear(gate.in_features, 1)

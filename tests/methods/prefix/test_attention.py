@@ -51,10 +51,10 @@ def test_outputs_and_gradients_are_those_of_attention_written_out(kind, gated, i
     wrapped(input_ids=tokens(), labels=tokens()).loss.backward()
     plain(input_ids=tokens(), labels=tokens()).loss.backward()
     for layer, other in zip(layers(wrapped), reference, strict=True):
-        torch.testing.assert_close(layer.prefix_key["default"].grad, other.key.grad, rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(layer.prefix_value["default"].grad, other.value.grad, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(layer.tuned_prefix_key["default"].grad, other.key.grad, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(layer.tuned_prefix_value["default"].grad, other.value.grad, rtol=1e-3, atol=1e-5)
         if gated:
-            gate = layer.prefix_gate["default"]
+            gate = layer.tuned_prefix_gate["default"]
             torch.testing.assert_close(gate.weight.grad, other.gate.weight.grad, rtol=1e-3, atol=1e-5)
 
 

@@ -125,7 +125,7 @@ def test_folding_keeps_what_the_network_makes(tmp_path):
     torch.testing.assert_close(wrapped(tokens()).logits, logits, **ELSEWHERE)
     wrapped.save_pretrained(tmp_path)
     names = {name.rpartition(".")[2] for name in load_file(tmp_path / "adapter_model.safetensors")}
-    assert names == {"prefix_key", "prefix_value"}
+    assert names == {"tuned_prefix_key", "tuned_prefix_value"}
     again = peft.PeftModel.from_pretrained(model(), tmp_path).eval()
     assert torch.equal(again(tokens()).logits, wrapped(tokens()).logits)
     assert again.peft_config["default"].bottleneck is None
@@ -140,7 +140,7 @@ def test_two_active_prefixes_are_one_of_both_lengths():
     both = wrapped(tokens()).logits
     one = wrapped_model(num_prefix_tokens=5)
     for layer, longer in zip(layers(wrapped), layers(one), strict=True):
-        for name in ("prefix_key", "prefix_value"):
+        for name in ("tuned_prefix_key", "tuned_prefix_value"):
             joined = torch.cat([getattr(layer, name)["default"], getattr(layer, name)["second"]], 1)
             getattr(longer, name)["default"].data = joined.detach()
     torch.testing.assert_close(both, one(tokens()).logits, rtol=1e-5, atol=1e-6)
@@ -190,7 +190,7 @@ def test_a_truncated_file_is_refused_before_anything_is_loaded(tmp_path):
     wrapped = wrapped_model()
     wrapped.save_pretrained(tmp_path)
     state = load_file(tmp_path / "adapter_model.safetensors")
-    del state["base_model.model.model.layers.1.self_attn.prefix_value"]
+    del state["base_model.model.model.layers.1.self_attn.tuned_prefix_value"]
     save_file({name: tensor + 1 for name, tensor in state.items()}, tmp_path / "adapter_model.safetensors")
     before = wrapped(tokens()).logits
     with pytest.raises(CorruptDeltaError, match="nothing was loaded"):

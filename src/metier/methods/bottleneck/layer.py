@@ -31,15 +31,20 @@ class BottleneckLayer(BlockLayer):
     fresh adapter changes no bit.
     """
 
-    adapter_layer_names = ("bottleneck_norm", "bottleneck_down", "bottleneck_up", "bottleneck_gate")
+    adapter_layer_names = (
+        "tuned_bottleneck_norm",
+        "tuned_bottleneck_down",
+        "tuned_bottleneck_up",
+        "tuned_bottleneck_gate",
+    )
     other_param_names = ("configs", "dropped_in_step")
     cannot_merge = CANNOT_MERGE
 
     def __init__(self, base_layer: nn.Module, path: str, hidden_size: int) -> None:
         super().__init__(base_layer, path)
         self.hidden_size, self.layer_index = hidden_size, index_of_owner(path)
-        self.bottleneck_norm, self.bottleneck_gate = nn.ModuleDict(), nn.ModuleDict()
-        self.bottleneck_down, self.bottleneck_up = nn.ModuleDict(), nn.ModuleDict()
+        self.tuned_bottleneck_norm, self.tuned_bottleneck_gate = nn.ModuleDict(), nn.ModuleDict()
+        self.tuned_bottleneck_down, self.tuned_bottleneck_up = nn.ModuleDict(), nn.ModuleDict()
         self.num_dropped_layers = 0
         self.dropped_in_step: dict[str, int] = {}
 
@@ -50,11 +55,11 @@ class BottleneckLayer(BlockLayer):
         up = nn.Linear(config.r, self.hidden_size, device=device)
         for zero in (down.bias, up.weight, up.bias):
             nn.init.zeros_(zero)
-        self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name] = down, up
+        self.tuned_bottleneck_down[adapter_name], self.tuned_bottleneck_up[adapter_name] = down, up
         if config.layer_norm:
-            self.bottleneck_norm[adapter_name] = nn.LayerNorm(self.hidden_size, device=device)
+            self.tuned_bottleneck_norm[adapter_name] = nn.LayerNorm(self.hidden_size, device=device)
         if config.gated:
-            self.bottleneck_gate[adapter_name] = new_gate(self.hidden_size, device)
+            self.tuned_bottleneck_gate[adapter_name] = new_gate(self.hidden_size, device)
         self.configs[adapter_name] = config
         self.set_gradients()
 
@@ -77,16 +82,16 @@ class BottleneckLayer(BlockLayer):
         dtype = hidden.dtype
         read = hidden
         if config.layer_norm:
-            norm = self.bottleneck_norm[adapter_name]
+            norm = self.tuned_bottleneck_norm[adapter_name]
             assert isinstance(norm, nn.LayerNorm), "made by update_layer"
             read = F.layer_norm(
                 hidden, list(norm.normalized_shape), norm.weight.to(dtype), norm.bias.to(dtype), norm.eps
             )
-        inner = ACT2FN[config.activation](computed(self.bottleneck_down[adapter_name], read))
+        inner = ACT2FN[config.activation](computed(self.tuned_bottleneck_down[adapter_name], read))
         inner = F.dropout(inner, config.dropout, training=self.training)
-        out = computed(self.bottleneck_up[adapter_name], inner)
+        out = computed(self.tuned_bottleneck_up[adapter_name], inner)
         if config.gated:
-            out = out * gate_values(self.bottleneck_gate[adapter_name], hidden)
+            out = out * gate_values(self.tuned_bottleneck_gate[adapter_name], hidden)
         return out if config.scaling == 1 else out * config.scaling
 
     def _is_dropped(self, adapter_name: str) -> bool:

@@ -26,7 +26,7 @@ class BottleneckModel(ParameterTuner):
     Mamba mixers get no adapter.
     """
 
-    prefix = "bottleneck_"
+    prefix = "tuned_bottleneck_"
     tuner_layer_cls = BottleneckLayer
     cannot_merge = CANNOT_MERGE
 

@@ -22,7 +22,7 @@ class GatedLoraLayer(BlockLayer):
     PEFT's LoRA has a constant scaling where UniPELT has the gate, which reads what the projection reads.
     """
 
-    adapter_layer_names = ("lora_a", "lora_b", "lora_gate")
+    adapter_layer_names = ("tuned_lora_a", "tuned_lora_b", "tuned_lora_gate")
     cannot_merge = CANNOT_MERGE
 
     def __init__(self, base_layer: nn.Module, path: str) -> None:
@@ -34,16 +34,16 @@ class GatedLoraLayer(BlockLayer):
                 "Name other projections by lora_targets."
             )
         self.in_features, self.out_features = in_features, out_features
-        self.lora_a, self.lora_b, self.lora_gate = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.tuned_lora_a, self.tuned_lora_b, self.tuned_lora_gate = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
 
     def update_layer(self, adapter_name: str, r: int) -> None:
         """Add a LoRA of rank `r` that changes nothing yet."""
         device = self.base_device()
-        self.lora_a[adapter_name] = nn.Linear(self.in_features, r, bias=False, device=device)
-        lora_b = nn.Linear(r, self.out_features, bias=False, device=device)
-        nn.init.zeros_(lora_b.weight)
-        self.lora_b[adapter_name] = lora_b
-        self.lora_gate[adapter_name] = new_gate(self.in_features, device)
+        self.tuned_lora_a[adapter_name] = nn.Linear(self.in_features, r, bias=False, device=device)
+        up = nn.Linear(r, self.out_features, bias=False, device=device)
+        nn.init.zeros_(up.weight)
+        self.tuned_lora_b[adapter_name] = up
+        self.tuned_lora_gate[adapter_name] = new_gate(self.in_features, device)
         self.configs[adapter_name] = r
         self.set_gradients()
 
@@ -51,6 +51,6 @@ class GatedLoraLayer(BlockLayer):
         """(…, I) to (…, O)."""
         out: Tensor = self.base_layer(hidden)
         for name in self.answering():
-            low_rank = computed(self.lora_b[name], computed(self.lora_a[name], hidden))
-            out = out + (low_rank * gate_values(self.lora_gate[name], hidden)).to(out.dtype)
+            low_rank = computed(self.tuned_lora_b[name], computed(self.tuned_lora_a[name], hidden))
+            out = out + (low_rank * gate_values(self.tuned_lora_gate[name], hidden)).to(out.dtype)
         return out

@@ -12,7 +12,7 @@ class MamModel(HybridModel):
     On Mixture-of-Experts models the adapter stands beside the whole MoE block: router, routed and shared experts.
     """
 
-    prefix = "mam_"
+    prefix = "tuned_"
 
     def fold_prefix(self, adapter_name: str = "default") -> None:
         """As `PrefixModel.fold_prefix`, for adapters with a `prefix_bottleneck`.

@@ -23,7 +23,7 @@ class UnipeltModel(HybridModel):
     adapter stands after the feed-forward block, on Mixture-of-Experts models after the whole MoE block.
     """
 
-    prefix = "unipelt_"
+    prefix = "tuned_"
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's own; the saved configuration names the blocks, whose attention modules bring their LoRA along."""

@@ -30,30 +30,31 @@ class PrefixLayer(BlockLayer):
     """Stands in a model for an attention module, whose queries see the active adapters' prefixes before the tokens.
 
     Keys are as attention has them after rotation: a prefix has no position, and tokens keep theirs. A prefix that is
-    trained itself is `prefix_key.<adapter>` (G, P, K) and `prefix_value.<adapter>` (G, P, V). With a network,
+    trained itself is `tuned_prefix_key.<adapter>` (G, P, K) and `tuned_prefix_value.<adapter>` (G, P, V). With a
+    network it is made of `tuned_prefix_tokens.<adapter>` (P, M):
 
-        keys, values = prefix_out(tanh(prefix_hidden(prefix_tokens))),
+        keys, values = out(tanh(hidden(tokens)))
 
-    `prefix_tokens.<adapter>` is (P, M). The paper shares the first two over all layers; here each layer has its own.
+    The paper shares tokens and `hidden` between all layers; here each layer has its own.
     A fresh prefix takes attention away from tokens: it is no no-op.
     """
 
     adapter_layer_names = (
-        "prefix_key",
-        "prefix_value",
-        "prefix_tokens",
-        "prefix_hidden",
-        "prefix_out",
-        "prefix_gate",
+        "tuned_prefix_key",
+        "tuned_prefix_value",
+        "tuned_prefix_tokens",
+        "tuned_prefix_hidden",
+        "tuned_prefix_out",
+        "tuned_prefix_gate",
     )
     cannot_merge = CANNOT_MERGE
 
     def __init__(self, base_layer: nn.Module, path: str, hidden_size: int) -> None:
         super().__init__(base_layer, path)
         self.hidden_size, self.sizes = hidden_size, head_sizes(base_layer, path)
-        self.prefix_key, self.prefix_value = nn.ParameterDict(), nn.ParameterDict()
-        self.prefix_tokens, self.prefix_gate = nn.ParameterDict(), nn.ModuleDict()
-        self.prefix_hidden, self.prefix_out = nn.ModuleDict(), nn.ModuleDict()
+        self.tuned_prefix_key, self.tuned_prefix_value = nn.ParameterDict(), nn.ParameterDict()
+        self.tuned_prefix_tokens, self.tuned_prefix_gate = nn.ParameterDict(), nn.ModuleDict()
+        self.tuned_prefix_hidden, self.tuned_prefix_out = nn.ModuleDict(), nn.ModuleDict()
 
     def update_layer(self, adapter_name: str, config: PrefixConfig) -> None:
         """Add a prefix of small random keys and values."""
@@ -61,16 +62,16 @@ class PrefixLayer(BlockLayer):
         key_GPK = torch.empty(sizes.num_key_value_heads, length, sizes.key_head_dim, device=device)
         value_GPV = torch.empty(sizes.num_key_value_heads, length, sizes.value_head_dim, device=device)
         if config.bottleneck is None:
-            self.prefix_key[adapter_name] = nn.Parameter(key_GPK.normal_(std=PREFIX_STD))
-            self.prefix_value[adapter_name] = nn.Parameter(value_GPV.normal_(std=PREFIX_STD))
+            self.tuned_prefix_key[adapter_name] = nn.Parameter(key_GPK.normal_(std=PREFIX_STD))
+            self.tuned_prefix_value[adapter_name] = nn.Parameter(value_GPV.normal_(std=PREFIX_STD))
         else:
             width = config.bottleneck
             made = (key_GPK.numel() + value_GPV.numel()) // length
-            self.prefix_tokens[adapter_name] = nn.Parameter(torch.empty(length, width, device=device).normal_())
-            self.prefix_hidden[adapter_name] = nn.Linear(width, width, device=device)
-            self.prefix_out[adapter_name] = nn.Linear(width, made, device=device)
+            self.tuned_prefix_tokens[adapter_name] = nn.Parameter(torch.empty(length, width, device=device).normal_())
+            self.tuned_prefix_hidden[adapter_name] = nn.Linear(width, width, device=device)
+            self.tuned_prefix_out[adapter_name] = nn.Linear(width, made, device=device)
         if config.gated:
-            self.prefix_gate[adapter_name] = new_gate(self.hidden_size, device)
+            self.tuned_prefix_gate[adapter_name] = new_gate(self.hidden_size, device)
         self.configs[adapter_name] = config
         self.set_gradients()
 
@@ -99,10 +100,10 @@ class PrefixLayer(BlockLayer):
 
     def prefix(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """One adapter's keys (G, P, K) and values (G, P, V)."""
-        if adapter_name in self.prefix_key:
-            return self.prefix_key[adapter_name], self.prefix_value[adapter_name]
-        sizes, tokens_PM = self.sizes, self.prefix_tokens[adapter_name]
-        made = self.prefix_out[adapter_name](self.prefix_hidden[adapter_name](tokens_PM).tanh())
+        if adapter_name in self.tuned_prefix_key:
+            return self.tuned_prefix_key[adapter_name], self.tuned_prefix_value[adapter_name]
+        sizes, tokens_PM = self.sizes, self.tuned_prefix_tokens[adapter_name]
+        made = self.tuned_prefix_out[adapter_name](self.tuned_prefix_hidden[adapter_name](tokens_PM).tanh())
         made_PGN = made.view(len(tokens_PM), sizes.num_key_value_heads, -1)
         key_GPK, value_GPV = made_PGN.transpose(0, 1).split([sizes.key_head_dim, sizes.value_head_dim], -1)
         return key_GPK, value_GPV
@@ -110,18 +111,18 @@ class PrefixLayer(BlockLayer):
     @torch.no_grad()
     def fold(self, adapter_name: str) -> None:
         """Keep the keys and values that the adapter's network makes, and drop the network."""
-        if adapter_name not in self.prefix_tokens:
+        if adapter_name not in self.tuned_prefix_tokens:
             return
         key_GPK, value_GPV = self.prefix(adapter_name)
-        for part in (self.prefix_tokens, self.prefix_hidden, self.prefix_out):
+        for part in (self.tuned_prefix_tokens, self.tuned_prefix_hidden, self.tuned_prefix_out):
             del part[adapter_name]
-        self.prefix_key[adapter_name] = nn.Parameter(key_GPK.contiguous())
-        self.prefix_value[adapter_name] = nn.Parameter(value_GPV.contiguous())
+        self.tuned_prefix_key[adapter_name] = nn.Parameter(key_GPK.contiguous())
+        self.tuned_prefix_value[adapter_name] = nn.Parameter(value_GPV.contiguous())
         self.set_gradients()
 
     def _gate(self, names: list[str], hidden: Tensor) -> Tensor | None:
-        if not any(name in self.prefix_gate for name in names):
+        if not any(name in self.tuned_prefix_gate for name in names):
             return None
         if len(names) > 1:
             raise ConfigError(f"{self.path}: gated prefixes answer one at a time, got {', '.join(names)}.")
-        return gate_values(self.prefix_gate[names[0]], hidden)
+        return gate_values(self.tuned_prefix_gate[names[0]], hidden)

@@ -25,7 +25,7 @@ class PrefixModel(ParameterTuner):
     mixers get no prefix: they have no keys.
     """
 
-    prefix = "prefix_"
+    prefix = "tuned_prefix_"
     tuner_layer_cls = PrefixLayer
     cannot_merge = CANNOT_MERGE
 
