@@ -54,6 +54,14 @@ def test_head_sizes_follow_from_the_projections_without_weights(family, changes,
     assert head_sizes(attention, "here") == HeadSizes(**sizes)
 
 
+def test_what_only_has_a_name_like_attention_is_none():
+    model = tiny_model("llama")
+    model.model.layers[0].attn_hc = nn.Linear(2, 2)
+    model.model.layers[1].other = model.model.layers[1].self_attn
+    del model.model.layers[1].self_attn
+    assert attention_paths(model) == [ALL_LAYERS[0], "model.layers.1.other", ALL_LAYERS[2]]
+
+
 def test_a_module_that_says_no_sizes_is_refused():
     with pytest.raises(UnsupportedModelError, match="here: neither the module nor its configuration says head_dim"):
         head_sizes(nn.Linear(2, 2), "here")

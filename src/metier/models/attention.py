@@ -15,6 +15,10 @@ from metier.models.layers import layer_index
 from metier.models.spellings import OTHER_MODALITY
 from metier.models.unwrap import bare_model, base_module, base_path, original_module
 
+NAMES = ("self_attn", "attn", "attention", "self_attention", "cross_attn", "linear_attn")
+"""Children of a decoder layer that are attention, whatever their class is called; others beside them have names alike,
+such as `attn_hc`, which mixes DeepSeek V4's residual streams."""
+
 QUERY_NAMES = ("q_proj", "q_b_proj", "query", "wq")
 VALUE_NAMES = ("v_proj", "kv_b_proj", "value", "wv")
 """Projections that make queries and values; where attention is latent (MLA), the second makes keys as well."""
@@ -140,9 +144,7 @@ def _num_key_value_heads(module: nn.Module, num_heads: int | None, path: str) ->
 
 
 def _is_attention(name: str, module: nn.Module) -> bool:
-    kind = type(module).__name__
-    named = "attn" in name or "attention" in name or "Attention" in kind
-    return named and "Norm" not in kind and not isinstance(module, nn.Linear) and any(True for _ in module.parameters())
+    return (name in NAMES or type(module).__name__.endswith("Attention")) and any(True for _ in module.parameters())
 
 
 @lru_cache
