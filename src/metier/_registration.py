@@ -22,6 +22,9 @@ _METHODS = (
     "metier.methods.meft",
     "metier.methods.ladder",
     "metier.methods.mixlora",
+    "metier.methods.bottleneck",
+    "metier.methods.prefix",
+    "metier.methods.hybrid",
 )
 
 

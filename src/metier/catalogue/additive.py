@@ -4,15 +4,68 @@ from __future__ import annotations
 
 from metier.catalogue.method import DENSE, LINEAR, Method
 
+_ADAPTERS = ("Additive", "Adapters")
 _PROMPT = ("Additive", "Soft prompts")
 _OTHERS = ("Additive", "Others")
 _LONGER = "its virtual tokens stand before every prompt, in attention and in the KV cache"
 
 METHODS = (
     Method(
+        name="houlsby",
+        title="Serial adapters after attention and feed-forward",
+        branch=_ADAPTERS,
+        paper="arXiv:1902.00751",
+        provider="metier",
+        trains="two thin layers after attention and after every feed-forward block",
+        inference="two thin products one after the other, twice a layer",
+        merges=False,
+        config="metier.methods.bottleneck.BottleneckConfig",
+        defaults={"variant": "houlsby"},
+        fixed=frozenset({"variant"}),
+    ),
+    Method(
+        name="pfeiffer",
+        title="Serial adapters after feed-forward",
+        branch=_ADAPTERS,
+        paper="arXiv:2005.00247",
+        provider="metier",
+        trains="two thin layers after every feed-forward block",
+        inference="two thin products one after the other in every layer",
+        merges=False,
+        config="metier.methods.bottleneck.BottleneckConfig",
+        defaults={"variant": "pfeiffer"},
+        fixed=frozenset({"variant"}),
+    ),
+    Method(
+        name="parallel_adapter",
+        title="Parallel adapters",
+        branch=_ADAPTERS,
+        paper="arXiv:2110.04366",
+        provider="metier",
+        trains="two thin layers beside every feed-forward block",
+        inference="two thin products beside every block",
+        merges=False,
+        config="metier.methods.bottleneck.BottleneckConfig",
+        defaults={"variant": "parallel"},
+        fixed=frozenset({"variant"}),
+    ),
+    Method(
+        name="adapter_drop",
+        title="AdapterDrop: serial adapters, fewer in the lower layers",
+        branch=_ADAPTERS,
+        paper="arXiv:2010.11918",
+        provider="metier",
+        trains="two thin layers after the feed-forward blocks, in training now and then without the lower ones",
+        inference="that of serial adapters, less as many layers as are dropped",
+        merges=False,
+        config="metier.methods.bottleneck.BottleneckConfig",
+        defaults={"variant": "pfeiffer", "random_drop_layers": 1},
+        fixed=frozenset({"variant"}),
+    ),
+    Method(
         name="meft",
         title="MEFT: sparse adapter with rows in host memory",
-        branch=("Additive", "Adapters"),
+        branch=_ADAPTERS,
         paper="arXiv:2406.04984",
         provider="metier",
         trains="rows of a wide adapter beside every feed-forward block, those that a token chooses, and their router",
@@ -22,7 +75,7 @@ METHODS = (
     Method(
         name="adaption_prompt",
         title="Adaption prompt (LLaMA-Adapter)",
-        branch=("Additive", "Adapters"),
+        branch=_ADAPTERS,
         paper="arXiv:2303.16199",
         provider="PEFT",
         trains="prompts in the attention of the last layers, behind a gate that is closed at first",
@@ -38,7 +91,7 @@ METHODS = (
     Method(
         name="shadow",
         title="Shadow: a small model beside the large one",
-        branch=("Additive", "Adapters"),
+        branch=_ADAPTERS,
         paper="ShadowPEFT, as in PEFT",
         provider="PEFT",
         trains="a small model that runs beside the base and corrects its layers",
@@ -100,6 +153,17 @@ METHODS = (
         defaults={"num_virtual_tokens": 20, "task_type": "CAUSAL_LM"},
         fill="metier.methods.filling:prefix",
         is_prompt=True,
+    ),
+    Method(
+        name="prefix_attention",
+        title="Prefix tuning inside attention",
+        branch=_PROMPT,
+        paper="arXiv:2101.00190",
+        provider="metier",
+        trains="keys and values before those of a record, in every attention, latent attention included",
+        inference="some keys more in every attention, outside the KV cache",
+        merges=False,
+        config="metier.methods.prefix.PrefixConfig",
     ),
     Method(
         name="cartridge",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 
-from metier.catalogue import additive, memory_efficient, reparameterized, selective
+from metier.catalogue import additive, hybrid, memory_efficient, reparameterized, selective
 from metier.catalogue.method import Method
 from metier.errors import ConfigError
 
 KINDS = ("Additive", "Selective", "Reparameterized", "Hybrid", "Memory-efficient", "Baselines")
 
 METHODS: dict[str, Method] = {
-    method.name: method for part in (additive, selective, reparameterized, memory_efficient) for method in part.METHODS
+    method.name: method
+    for part in (additive, selective, reparameterized, hybrid, memory_efficient)
+    for method in part.METHODS
 }
 
 

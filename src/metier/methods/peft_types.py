@@ -26,18 +26,25 @@ class MetierPeftType(StrEnum):
     MEFT = "MEFT"
     LADDER = "LADDER"
     MIXLORA = "MIXLORA"
+    BOTTLENECK = "BOTTLENECK"
+    METIER_PREFIX = "METIER_PREFIX"
+    MAM = "MAM"
+    UNIPELT = "UNIPELT"
 
 
 def register(peft_type: MetierPeftType, config_class: type[PeftConfig], tuner_class: type[BaseTuner]) -> None:
     """Make PEFT know a method; a second call changes nothing.
 
+    Methods that are made of the same layers have one prefix, by which transformers knows an adapter's parameters.
+
     Raises:
-        RuntimeError: the name or the prefix is taken by another method of the installed PEFT.
+        RuntimeError: the name or the prefix is taken by a method of the installed PEFT.
     """
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
     if known is config_class:
         return
-    prefixes = {prefix: name for name, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()}
+    ours = list(MetierPeftType)
+    prefixes = {prefix for name, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items() if name not in ours}
     if known is not None or tuner_class.prefix in prefixes:
         raise RuntimeError(
             f"PEFT already has a method '{peft_type.value}' or the prefix '{tuner_class.prefix}'.\n"

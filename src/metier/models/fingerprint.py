@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from metier.errors import UnsupportedModelError
 from metier.models.moe import MoELayer, moe_layers
-from metier.models.unwrap import bare_model, base_tensors, original_module, own_tensors
+from metier.models.unwrap import bare_model, base_module, base_tensors, own_tensors
 
 _SKELETON = "_metier_is_skeleton"
 
@@ -92,9 +92,13 @@ def router_tensors(bare: nn.Module, layer: MoELayer) -> Iterator[tuple[str, Tens
     """All that a fingerprint covers of a layer's values: name in the bare model, and tensor."""
     # some families keep the router's correction bias in the block instead of in the router
     block_path = layer.path.rpartition(".")[0]
-    yield from own_tensors(original_module(bare.get_submodule(block_path)), f"{block_path}.")
+    block = base_module(bare, block_path)
+    assert block is not None, f"{block_path} holds the experts that were found"
+    yield from own_tensors(block, f"{block_path}.")
     if layer.router_path is not None:
-        yield from base_tensors(bare.get_submodule(layer.router_path), f"{layer.router_path}.")
+        router = base_module(bare, layer.router_path)
+        assert router is not None, f"{layer.router_path} was found beside the experts"
+        yield from base_tensors(router, f"{layer.router_path}.")
 
 
 def _normalised_bytes(tensor: Tensor) -> bytes:

@@ -42,11 +42,15 @@ def original_module(module: nn.Module) -> nn.Module:
 
 
 def base_module(model: nn.Module, path: str) -> nn.Module | None:
-    """The base's own module at `path` of the bare model, whatever PEFT has put around it; None where there is none."""
-    try:
-        return original_module(bare_model(model).get_submodule(path))
-    except AttributeError:
-        return None
+    """The base's own module at `path` of the bare model, whatever PEFT has put around it or around a module that it
+    lies in; None where there is none."""
+    module = bare_model(model)
+    for name in path.split(".") if path else ():
+        child = original_module(module)._modules.get(name)
+        if child is None:
+            return None
+        module = child
+    return original_module(module)
 
 
 def base_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
