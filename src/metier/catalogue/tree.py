@@ -10,11 +10,8 @@ from metier.errors import ConfigError
 
 KINDS = ("Additive", "Selective", "Reparameterized", "Hybrid", "Memory-efficient", "Baselines")
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for part in (additive, selective, reparameterized, hybrid, memory_efficient)
-    for method in part.METHODS
-}
+_PARTS = (additive, selective, reparameterized, hybrid, memory_efficient)
+METHODS: dict[str, Method] = {method.name: method for part in _PARTS for method in part.METHODS}
 
 
 def method_of(name: str, *, where: str = "method") -> Method:
