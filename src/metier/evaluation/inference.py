@@ -1,10 +1,12 @@
-"""The mode in which every evaluation runs a model, and how the model gets its own mode back."""
+"""How an evaluation leaves no trace: the model gets its own mode back, the random generators their states."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,3 +22,15 @@ def inference(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in was_training:
             module.training = mode
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Whatever is drawn or seeded meanwhile, the generators of Python, numpy and torch go on as before."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
