@@ -315,25 +315,14 @@ def evaluate(
 ) -> None:
     """Score a model, with or without a delta, on a task and on general ability."""
     from metier.errors import ConfigError
-    from metier.models.load import load
 
     common: dict[str, Any] = {"limit": limit, "seed": seed, "allow_code_execution": allow_code_execution}
     common |= {} if batch_size is None else {"batch_size": batch_size}
     if harness is not None:
-        from metier.evaluation.harness import evaluate_harness
-        from metier.evaluation.harness_tasks import load_harness_tasks
-        from metier.reports.harness import harness_table
-
         if task is not None:
             raise ConfigError("evaluate: got --task and --harness, expected one of them. Call it twice.")
-        tasks = load_harness_tasks(harness, include_path=include_path)
-        loaded = load(model, trust_remote_code=trust_remote_code)
-        scored = _with_adapter(loaded.model, adapter)
         common |= {"num_fewshot": fewshot, "apply_chat_template": chat_template}
-        result = evaluate_harness(scored, loaded.tokenizer, tasks, **common)
-        if output is not None:
-            result.save(output)
-        _print(harness_table(result))
+        _print(_harness_scores(harness, include_path, model, adapter, trust_remote_code, output, common))
         return
     if include_path is not None or fewshot is not None or chat_template:
         raise ConfigError(
@@ -341,6 +330,7 @@ def evaluate(
         )
     from metier.evaluation.compare import compare
     from metier.evaluation.evaluate import evaluate as evaluate_model
+    from metier.models.load import load
     from metier.reports.console import comparison_table
 
     loaded = load(model, trust_remote_code=trust_remote_code)
@@ -505,6 +495,29 @@ def _preview(config: RunConfig) -> None:
     records = load_records(config.dataset)
     loaded = load_base(config)
     _print(preview(encode_for(loaded, records, config), loaded.tokenizer))
+
+
+def _harness_scores(
+    tasks: str,
+    include_path: Path | None,
+    model: str,
+    adapter: Path | None,
+    trust_remote_code: bool,
+    output: Path | None,
+    options: dict[str, Any],
+) -> object:
+    """The table of what lm-evaluation-harness finds; its tasks are looked for before the model is loaded."""
+    from metier.evaluation.harness import evaluate_harness
+    from metier.evaluation.harness_tasks import load_harness_tasks
+    from metier.models.load import load
+    from metier.reports.harness import harness_table
+
+    found = load_harness_tasks(tasks, include_path=include_path)
+    loaded = load(model, trust_remote_code=trust_remote_code)
+    result = evaluate_harness(_with_adapter(loaded.model, adapter), loaded.tokenizer, found, **options)
+    if output is not None:
+        result.save(output)
+    return harness_table(result)
 
 
 def _with_adapter(model: Any, adapter: Path | None) -> Any:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +20,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from typer.testing import CliRunner
 
-from metier.cli import app
 from metier.deltas.merge import merge
 from metier.errors import ConfigError, DataError
 from metier.evaluation.harness import evaluate_harness
@@ -171,15 +172,15 @@ def test_the_model_and_the_random_generators_are_as_before(base: LoadedModel, fo
     assert logging.getLogger("lm_eval.models.huggingface").level == logging.NOTSET
 
 
-def test_the_example_of_the_documentation_runs_from_any_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delta: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_example_of_the_documentation_runs_from_any_folder(tmp_path: Path, delta: Path) -> None:
     options = ["--harness", str(TASKS), "--chat-template", "--limit", "4", "--batch-size", "4", "-o", "scores.json"]
-    done = CliRunner().invoke(app, ["evaluate", "embedded", "--adapter", str(delta), *options], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    assert "metier_packages_json" in done.output
-    saved = json.loads(Path("scores.json").read_text())
+    command = [sys.executable, "-m", "metier", "evaluate", "embedded", "--adapter", str(delta), *options]
+    # a process of its own: what is imported first, the harness or our methods, is as a user has it
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(path).resolve()) for path in sys.path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "metier_packages_json" in done.stdout
+    saved = json.loads((tmp_path / "scores.json").read_text())
     assert [(line["task"], line["num_items"]) for line in saved["scores"]] == [
         ("metier_packages_choice", 4),
         ("metier_packages_json", 4),
@@ -221,6 +222,29 @@ def test_a_group_of_local_tasks_is_run_with_its_mean(base: LoadedModel, folder: 
     result = evaluate_harness(base.model, base.tokenizer, found)
     acc = {line.task: line.value for line in result.scores if line.metric == "acc"}
     assert acc["both"] == pytest.approx((acc["continuations"] + acc["continuations_fixed"]) / 2)
+
+
+def test_code_of_a_task_is_loaded_only_if_the_task_is_meant(base: LoadedModel, folder: Path) -> None:
+    (folder / "words.py").write_text("def begin(item):\n    return item['begin'].upper()\n")
+    with_code = "include: continuations.yaml\ntask: {}\ndoc_to_text: !function {}.begin\n"
+    (folder / "loud.yaml").write_text(with_code.format("loud", "words"))
+    (folder / "none.yaml").write_text(with_code.format("lost", "no_such_file"))
+    found = load_harness_tasks("loud,continuations", include_path=folder)
+    quiet, loud = (found.tasks[name].doc_to_text(ITEMS[1]) for name in ("continuations", "loud"))
+    assert (quiet, loud) == (ITEMS[1]["begin"], ITEMS[1]["begin"].upper())
+    with pytest.raises(ConfigError, match=r"none\.yaml: its Python code could not be loaded: Cannot import module"):
+        load_harness_tasks("lost", include_path=folder)
+    with pytest.raises(ConfigError, match="got include_path for tasks that were found already"):
+        evaluate_harness(base.model, base.tokenizer, found, include_path=folder)
+
+
+def test_a_tag_is_all_tasks_that_have_it(folder: Path) -> None:
+    for name in ("one", "two"):
+        (folder / f"{name}.yaml").write_text(f"include: continuations.yaml\ntask: {name}\ntag: some\n")
+    found = load_harness_tasks("some", include_path=folder)
+    assert (found.names, sorted(found.tasks)) == (("some",), ["one", "two"])
+    files = found.tasks["two"].get_config("dataset_kwargs")["data_files"]
+    assert files == {"test": str(folder / "items.jsonl")}
 
 
 @pytest.mark.slow

@@ -108,6 +108,8 @@ def evaluate_harness(
             chat template.
         DataError: a task's data cannot be loaded.
     """
+    if isinstance(tasks, HarnessTasks) and include_path is not None:
+        raise ConfigError("harness: got include_path for tasks that were found already. Give it when finding them.")
     found = tasks if isinstance(tasks, HarnessTasks) else load_harness_tasks(tasks, include_path=include_path)
     _check(found, tokenizer, num_fewshot, limit, batch_size, apply_chat_template, allow_code_execution)
     from lm_eval import simple_evaluate

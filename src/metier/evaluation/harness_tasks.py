@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,33 +137,39 @@ def _manager(names: Sequence[str], local: dict[str, Path], folders: Sequence[Pat
     # a folder inside another one is read with it; twice would be a task that overrides itself
     outer = sorted(str(folder) for folder in set(folders) if not set(folder.parents) & set(folders))
     manager = TaskManager(include_path=outer, include_defaults=False)
-    if not all(_is_known(name, manager.task_index) for name in names):
+    meant = {member for name in names for member in _with_members(name, manager.task_index)}
+    if not meant <= manager.task_index.keys():
         manager = TaskManager(include_path=outer, include_defaults=True)
-    for name, path in local.items():
-        _place_data_files(manager.task_index[name], path)
+    for name in meant & local.keys():
+        _place_data_files(manager.task_index[name], local[name])
     return manager
 
 
-def _is_known(name: str, index: Mapping[str, Any]) -> bool:
-    """Whether a name, and all members if it is a group, are in the index."""
+def _with_members(name: str, index: Mapping[str, Any]) -> Iterator[str]:
+    """A name and, if it is a group or a tag, the names of all that belongs to it."""
+    yield name
     if name not in index:
-        return False
-    members = (index[name].cfg or {}).get("task")
-    if not isinstance(members, list):
-        return True
-    named = [member if isinstance(member, str) else member.get("group", member.get("task")) for member in members]
-    return all(isinstance(member, str) and _is_known(member, index) for member in named)
+        return
+    listed = (index[name].cfg or {}).get("task")
+    members = sorted(index[name].tags) if index[name].kind.name == "TAG" else listed
+    for member in members if isinstance(members, list) else []:
+        given = member if isinstance(member, str) else member.get("group", member.get("task"))
+        if isinstance(given, str):
+            yield from _with_members(given, index)
 
 
 def _place_data_files(entry: Any, path: Path) -> None:
     """Make the data files of a local task absolute where they lie beside its YAML file."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    config = load_yaml(path, resolve_func=True)
-    options = config.get("dataset_kwargs")
+    options = load_yaml(path, resolve_func=False).get("dataset_kwargs")
     if not isinstance(options, dict) or "data_files" not in options:
         return
     files = _absolute(options["data_files"], path.parent)
+    try:
+        config = load_yaml(path, resolve_func=True)
+    except Exception as error:  # whatever the code raises that comes with the task
+        raise ConfigError(f"harness: {path}: its Python code could not be loaded: {first_line(error)}") from error
     entry.cfg = {**config, "dataset_kwargs": {**options, "data_files": files}}
     entry.yaml_path = None  # or the file would be read again, with the paths as they were
 
