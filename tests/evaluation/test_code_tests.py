@@ -148,7 +148,12 @@ def test_no_process_or_thread_is_started() -> None:
     assert run_tests("import threading; threading.Thread(target=print).start()", "pass", limits=QUICK) is Outcome.failed
 
 
-def test_what_a_reply_started_ends_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_namespaces", [True, False])
+def test_what_a_reply_started_ends_with_it(
+    has_namespaces: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_namespaces:
+        monkeypatch.setattr(sandbox, "namespaces", lambda: ())
     beat = tmp_path / "beat"
     reply = f"import os, time\nif os.fork() == 0:\n    while True:\n        open({str(beat)!r}, 'w').write(str(time.time()))\n        time.sleep(0.02)\n"
     run_tests(reply + "time.sleep(0.2)", "pass", limits=Limits(num_processes=1 << 20))
