@@ -3,6 +3,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+HARNESS := $(VENV)/.harness
 
 # glibc gives large blocks back to the system at once and faults them in again at the next step, which costs a third
 # of a training step's time on a CPU. Keeping them also keeps step times even.
@@ -22,6 +23,12 @@ $(STAMP): pyproject.toml constraints.txt scripts/install.sh
 	@bash scripts/install.sh
 	@touch $@
 
+# apart from the rest: 320 MB, and every start of transformers takes seconds longer where scikit-learn is installed
+$(HARNESS): $(STAMP)
+	@echo "Installing lm-evaluation-harness ..."
+	@$(BIN)/pip install -qq --constraint constraints.txt --editable ".[dev,harness]"
+	@touch $@
+
 install: $(STAMP)  ## Create .venv and install metier into it.
 
 demo: $(STAMP)  ## Run the main job on the embedded model: profile, select, train, evaluate, report.
@@ -30,7 +37,7 @@ demo: $(STAMP)  ## Run the main job on the embedded model: profile, select, trai
 test: $(STAMP)  ## Run the default tests: offline, on the CPU, a few minutes.
 	$(BIN)/python -m pytest $(IN_PARALLEL)
 
-test-all: $(STAMP)  ## Run every test, the slow ones too.
+test-all: $(HARNESS)  ## Run every test, the slow ones too.
 	$(BIN)/python -m pytest -m "not gpu and not network or slow or golden"
 
 check: format lint types test  ## Format, lint, types, tests: what CI runs.
@@ -44,7 +51,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-constraints: $(STAMP)  ## Freeze what is installed into constraints.txt.
+constraints: $(HARNESS)  ## Freeze what is installed into constraints.txt.
 	@head -1 constraints.txt > constraints.new
 	@$(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch==[^+]*)\+.*/\1/' >> constraints.new
 	@mv constraints.new constraints.txt

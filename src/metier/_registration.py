@@ -47,8 +47,12 @@ class _PeftFinder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != "peft":
             return None
+        # aside for the question to the others, not for good: accelerate only asks whether PEFT is there
         sys.meta_path.remove(self)
-        spec = find_spec("peft")
+        try:
+            spec = find_spec("peft")
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is not None and spec.loader is not None:
             spec.loader = _RegisteringLoader(spec.loader)
         return spec
@@ -66,6 +70,7 @@ class _RegisteringLoader(Loader):
         # generation
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         self._loader.exec_module(module)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _PeftFinder)]
         # everything after the import of peft sees its ordinary loader again
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader

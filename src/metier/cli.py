@@ -330,20 +330,50 @@ def compare(
 @app.command()
 def evaluate(
     model: Model,
-    task: Annotated[str | None, typer.Option(help="An embedded task: sections, synopsis or translate.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="An embedded task (sections, synopsis or translate) or a task's folder.")
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="A delta to put on the model.")] = None,
-    general: Annotated[bool, typer.Option(help="Measure general ability too.")] = True,
+    general: Annotated[bool, typer.Option(help="Measure general ability too; not with --harness.")] = True,
+    harness: Annotated[
+        str | None,
+        typer.Option(help="Instead, tasks of lm-evaluation-harness: names, YAML files or folders, by comma."),
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder of tasks that --harness can name.")] = None,
+    fewshot: Annotated[int | None, typer.Option(help="Worked examples in the prompts of --harness.")] = None,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Put --harness's prompts into it.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Only the first items of each task.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Prompts at once.")] = None,
+    seed: Annotated[int, typer.Option(help="Of intervals, and of --harness's examples.")] = 0,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run what the model wrote, where a task asks for it.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File for the scores, as JSON.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score a model, with or without a delta, on a task and on general ability."""
+    from metier.errors import ConfigError
+
+    common: dict[str, Any] = {"limit": limit, "seed": seed, "allow_code_execution": allow_code_execution}
+    common |= {} if batch_size is None else {"batch_size": batch_size}
+    if harness is not None:
+        if task is not None:
+            raise ConfigError("evaluate: got --task and --harness, expected one of them. Call it twice.")
+        common |= {"num_fewshot": fewshot, "apply_chat_template": chat_template}
+        _print(_harness_scores(harness, include_path, model, adapter, trust_remote_code, output, common))
+        return
+    if include_path is not None or fewshot is not None or chat_template:
+        raise ConfigError(
+            "evaluate: --include-path, --fewshot and --chat-template are for --harness, which is missing."
+        )
     from metier.evaluation.compare import compare
     from metier.evaluation.evaluate import evaluate as evaluate_model
     from metier.models.load import load
     from metier.reports.console import comparison_table
 
     loaded = load(model, trust_remote_code=trust_remote_code)
-    scores = evaluate_model(_with_adapter(loaded.model, adapter), loaded.tokenizer, task=task, general=general)
+    scored = _with_adapter(loaded.model, adapter)
+    scores = evaluate_model(scored, loaded.tokenizer, task=task, general=general, **common)
     if output is not None:
         scores.save(output)
     _print(comparison_table(compare(scores, [], base_name=model if adapter is None else str(adapter))))
@@ -503,6 +533,29 @@ def _preview(config: RunConfig) -> None:
     records = load_records(config.dataset)
     loaded = load_base(config)
     _print(preview(encode_for(loaded, records, config), loaded.tokenizer))
+
+
+def _harness_scores(
+    tasks: str,
+    include_path: Path | None,
+    model: str,
+    adapter: Path | None,
+    trust_remote_code: bool,
+    output: Path | None,
+    options: dict[str, Any],
+) -> object:
+    """The table of what lm-evaluation-harness finds; its tasks are looked for before the model is loaded."""
+    from metier.evaluation.harness import evaluate_harness
+    from metier.evaluation.harness_tasks import load_harness_tasks
+    from metier.models.load import load
+    from metier.reports.harness import harness_table
+
+    found = load_harness_tasks(tasks, include_path=include_path)
+    loaded = load(model, trust_remote_code=trust_remote_code)
+    result = evaluate_harness(_with_adapter(loaded.model, adapter), loaded.tokenizer, found, **options)
+    if output is not None:
+        result.save(output)
+    return harness_table(result)
 
 
 def _with_adapter(model: Any, adapter: Path | None) -> Any:

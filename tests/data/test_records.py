@@ -22,6 +22,13 @@ def test_records_are_loaded_in_order_up_to_the_limit(tmp_path: Path) -> None:
     assert load_records(tmp_path, split="train", limit=1)[0].origin == f"{path}:1"
 
 
+def test_further_keys_are_kept_where_they_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"text": "a", "tests": ["x"], "id": 3}\n{"text": "b", "id": 4}\n')
+    assert [record.extra for record in load_records(path, keep=["tests", "messages"])] == [{"tests": ["x"]}, {}]
+    assert [record.extra for record in load_records(path)] == [{}, {}]
+
+
 def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"a\.jsonl: no records\. Expected at least one"):

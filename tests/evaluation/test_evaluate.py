@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from transformers import DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 
 from metier.errors import ConfigError, DataError
 from metier.evaluation.evaluate import evaluate
+from metier.evaluation.generate import Prompt, Reply
 from metier.evaluation.result import Evaluation
 
 
@@ -37,6 +40,52 @@ def test_an_evaluation_holds_task_and_general_scores(
     assert result.settings["max_new_tokens"] == 6
     assert result.settings["dtype"] == "float32"
     assert result.settings["batch_size"] == 16
+
+
+@pytest.fixture
+def code_folder(tmp_path: Path) -> Path:
+    """A task of two records with tests, of which the second's reference does not pass."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    rows = [
+        {"prompt": "the fox", "completion": "x = 42", "tests": ["assert x == y"], "test_setup": "y = 42"},
+        {"prompt": "the dog", "completion": "x = 42", "tests": "assert x == 43"},
+    ]
+    (folder / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "task.json").write_text(json.dumps({"name": "code", "metrics": ["code_tests"]}))
+    return folder
+
+
+def test_code_is_run_with_the_tests_of_its_record(
+    model: DeepseekV2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    code_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def answer_rightly(_model: Any, _tokenizer: Any, prompts: list[Prompt], **_: Any) -> list[Reply]:
+        return [Reply(text=prompt.reference, is_cut=False) for prompt in prompts]
+
+    module = sys.modules[evaluate.__module__]
+    monkeypatch.setattr(module, "generate_replies", answer_rightly)
+    result = evaluate(model, tokenizer, task=code_folder, general=False, allow_code_execution=True)
+    assert result.metrics["code_tests"].item_scores == (100.0, 0.0)
+    assert result.settings["code_isolation"] in ("process", "namespaces")
+    rows = (code_folder / "test.jsonl").read_text()
+    (code_folder / "test.jsonl").write_text(rows.replace("43", "42"))
+    other = evaluate(model, tokenizer, task=code_folder, general=False, allow_code_execution=True)
+    assert other.metrics["code_tests"].value == 100.0
+    assert other.fingerprint != result.fingerprint  # other tests are another task
+
+
+def test_code_is_refused_before_the_model_runs(
+    model: DeepseekV2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    code_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model, "generate", None)
+    with pytest.raises(ConfigError, match="metric 'code_tests' runs code that the model wrote, which is off"):
+        evaluate(model, tokenizer, task=code_folder, general=False)
 
 
 def test_cut_replies_are_counted(

@@ -9,6 +9,7 @@ from sacrebleu.metrics.chrf import CHRF
 
 from metier.errors import ConfigError, DataError
 from metier.evaluation.metrics import METRICS, RougeTokenizer, check_metric_names, score_replies
+from metier.evaluation.result import MetricScore
 
 REPLIES = ["den hurtige ræv", "hunden sover nu", "x", "", "en to tre fire fem", "abc"]
 REFERENCES = ["den hurtige brune ræv", "hunden sover", "y", "noget", "en to tre fire fem", "ab"]
@@ -94,15 +95,30 @@ def test_the_chrf_interval_is_that_of_the_corpus_score() -> None:
     assert (score.low, score.high) == pytest.approx(tuple(np.percentile(resampled, [2.5, 97.5])))
 
 
+RIGHT_AND_WRONG = {
+    **dict.fromkeys(METRICS, ('{"a": "eins zwei"}', "[0]")),
+    "gsm8k": ("#### 12", "#### 13"),
+    "api_iou": ("a, b, c", "d, e, f"),
+    "call_iou": ("f(a=1)", "g(a=1)"),
+    "code_tests": ("x = 1", "x = 2"),
+}
+
+
 @pytest.mark.parametrize("metric", sorted(METRICS))
 def test_every_metric_spans_0_to_100_with_its_interval_around_it(metric: str) -> None:
-    right = ['{"a": "eins zwei"}'] * 30
-    wrong = ["[0]"] * 30
-    mixed = score_replies(metric, right + wrong, right + right)
-    assert score_replies(metric, right, right).value == pytest.approx(100)
-    assert score_replies(metric, wrong, right).value == pytest.approx(0, abs=1e-6)
+    count = 4 if METRICS[metric].runs_code else 30
+
+    def score(replies: list[str]) -> MetricScore:
+        extras = [{"tests": "assert x == 1"}] * len(replies)
+        references = [RIGHT_AND_WRONG[metric][0]] * len(replies)
+        return score_replies(metric, replies, references, extras=extras, allow_code_execution=True)
+
+    right, wrong = ([text] * count for text in RIGHT_AND_WRONG[metric])
+    mixed = score(right + wrong)
+    assert score(right).value == pytest.approx(100)
+    assert score(wrong).value == pytest.approx(0, abs=1e-6)
     assert mixed.low < mixed.value < mixed.high
-    assert len(mixed.item_scores) == 60
+    assert len(mixed.item_scores) == 2 * count
 
 
 def test_an_unknown_metric_names_the_nearest() -> None:

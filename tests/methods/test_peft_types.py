@@ -27,9 +27,18 @@ def test_registering_twice_changes_nothing_and_a_taken_name_is_an_error() -> Non
 
 
 @pytest.mark.parametrize(
-    "order", ["import metier; import peft", "import peft; import metier", "import metier, peft.tuners"]
+    "order",
+    [
+        "import metier; import peft",
+        "import peft; import metier",
+        "import metier, peft.tuners",
+        "import metier, importlib.util as u; assert u.find_spec('peft') and u.find_spec('peft'); import peft",
+    ],
 )
 def test_importing_metier_registers_whichever_is_imported_first(order: str) -> None:
-    check = f"{order}\nfrom peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as m\nassert m['ESFT'].prefix == 'esft_'"
+    check = (
+        f"{order}\nfrom peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as m\nassert m['ESFT'].prefix == 'esft_'\n"
+        "import sys; assert not [f for f in sys.meta_path if type(f).__module__.startswith('metier')]"
+    )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

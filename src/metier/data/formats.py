@@ -8,7 +8,8 @@
 | ShareGPT          | `conversations`: [{from, value}], `system`, `tools`       | the model's turns         |
 | text              | `text`                                                    | all of it                 |
 
-The first format whose required keys are all there is taken. Other keys are metadata and left alone.
+The first format whose required keys are all there is taken. Other keys are metadata and left alone,
+except those that the caller wants kept.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from metier.data.message import ROLES, Message, Record
@@ -42,12 +44,13 @@ _SHAREGPT_ROLES = {
 }
 
 
-def parse_record(row: Row, origin: str) -> Record:
+def parse_record(row: Row, origin: str, *, keep: Sequence[str] = ()) -> Record:
     """Turn a row into a record.
 
     Args:
         row: one row of a source.
         origin: where it stands, for messages and reports.
+        keep: further keys that go into the record's `extra`, where the row has them.
 
     Raises:
         DataError: an unknown format, a missing or unknown role, an empty completion, a wrong type.
@@ -56,7 +59,9 @@ def parse_record(row: Row, origin: str) -> Record:
     row = {key: value for key, value in row.items() if value is not None}
     for required, parse in _FORMATS.items():
         if all(key in row for key in required):
-            return parse(row, origin)
+            record = parse(row, origin)
+            extra = {key: row[key] for key in keep if key in row}
+            return replace(record, extra=extra) if extra else record
     known = "; ".join(" + ".join(required) for required in _FORMATS)
     raise DataError(
         f"{origin}: a record of unknown format with the keys {', '.join(row) or '(none)'}. "

@@ -39,3 +39,5 @@ class Record:
     """A plain text, all of it trained on."""
     is_plain: bool = False
     """A prompt and its completion, joined as they are where the tokenizer has no chat template."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further keys of the row that the reader asked for, e.g. tests that a reply has to pass."""

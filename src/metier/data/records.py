@@ -15,7 +15,9 @@ from metier.errors import DataError
 __all__ = ["ROLES", "Message", "Record", "load_records", "mix"]
 
 
-def load_records(source: str | Path, *, split: str | None = None, limit: int | None = None) -> list[Record]:
+def load_records(
+    source: str | Path, *, split: str | None = None, limit: int | None = None, keep: Sequence[str] = ()
+) -> list[Record]:
     """Load records of any supported format from a file, a folder of splits or a `datasets` name.
 
     Args:
@@ -23,6 +25,7 @@ def load_records(source: str | Path, *, split: str | None = None, limit: int | N
             name, `name:configuration` where it has several.
         split: of a folder or a data set, `train` by default; a file has none.
         limit: load the first `limit` records only.
+        keep: keys beyond those of the format that go into a record's `extra`.
 
     Returns:
         At least one record, in the order of the source.
@@ -33,7 +36,7 @@ def load_records(source: str | Path, *, split: str | None = None, limit: int | N
     if limit is not None and limit < 1:
         raise DataError(f"{source}: limit must be at least 1, got {limit}.")
     rows = islice(read_rows(source, split=split), limit)
-    records = [parse_record(row, origin) for origin, row in rows]
+    records = [parse_record(row, origin, keep=keep) for origin, row in rows]
     if not records:
         raise DataError(f"{source}: no records. Expected at least one; check the path and the split.")
     return records

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from metier import embedded
@@ -26,8 +24,10 @@ from metier.evaluation.general import (
     read_documents,
 )
 from metier.evaluation.generate import Prompt, Reply, encode_prompts, generate_replies
-from metier.evaluation.metrics import score_replies
+from metier.evaluation.inference import inference
+from metier.evaluation.metrics import METRICS, check_code_execution, score_replies
 from metier.evaluation.result import ClozeScore, DomainLoss, Evaluation, MetricScore, SampleReply
+from metier.evaluation.sandbox import namespaces
 from metier.evaluation.tasks import TaskSpec, load_task
 from metier.models.encoder_decoder import is_encoder_decoder, refuse_encoder_decoder
 
@@ -48,6 +48,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     num_samples: int = 8,
     seed: int = 0,
+    allow_code_execution: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Evaluation:
     """Score a model's greedy replies on a task, and its general ability.
@@ -70,10 +71,11 @@ def evaluate(
         max_new_tokens: a reply's limit; the task's own when not given.
         num_samples: how many items, evenly over the split, to keep with prompt, reference and reply.
         seed: of the bootstrap; replies are greedy and depend on no seed.
+        allow_code_execution: whether the metric `code_tests` may run what the model wrote.
         on_progress: called with (what, done, total).
 
     Raises:
-        ConfigError: nothing to evaluate, or an unknown task, split or metric.
+        ConfigError: nothing to evaluate, an unknown task, split or metric, or a metric that runs code and may not.
         UnsupportedModelError: general ability of an encoder-decoder.
         DataError: an empty split, or a record that cannot be evaluated.
     """
@@ -88,13 +90,15 @@ def evaluate(
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"evaluate: batch_size must be at least 1, got {batch_size}.")
     spec = task if isinstance(task, TaskSpec) or task is None else load_task(task)
+    if spec is not None:
+        check_code_execution(spec.metrics, allowed=allow_code_execution)
     length = max_new_tokens if max_new_tokens is not None else (spec.max_new_tokens if spec else None)
     batch_size = batch_size or (16 if model.device.type == "cpu" else 64)
     answered = _Answered(metrics={}, samples=(), num_items=0, num_cut=0, fingerprint="")
     domains: dict[str, DomainLoss] = {}
     cloze: ClozeScore | None = None
     seconds: dict[str, float] = {}
-    with _inference(model):
+    with inference(model):
         if spec is not None:
             assert length is not None
             start = time.perf_counter()
@@ -113,7 +117,14 @@ def evaluate(
                 batch_size=batch_size,
                 on_progress=None if on_progress is None else _staged(on_progress, "replies"),
             )
-            answered = _score(spec, prompts, replies, num_samples=num_samples, seed=seed)
+            answered = _score(
+                spec,
+                prompts,
+                replies,
+                num_samples=num_samples,
+                seed=seed,
+                allow_code_execution=allow_code_execution,
+            )
             seconds["task"] = time.perf_counter() - start
         if general is not False:
             folder = embedded.general_path() if general is True else Path(general)
@@ -146,6 +157,7 @@ def evaluate(
             batch_size=batch_size,
             max_new_tokens=length,
             seed=seed,
+            **_code_settings(spec),
         ),
     )
 
@@ -160,7 +172,13 @@ class _Answered:
 
 
 def _score(
-    spec: TaskSpec, prompts: Sequence[Prompt], replies: Sequence[Reply], *, num_samples: int, seed: int
+    spec: TaskSpec,
+    prompts: Sequence[Prompt],
+    replies: Sequence[Reply],
+    *,
+    num_samples: int,
+    seed: int,
+    allow_code_execution: bool,
 ) -> _Answered:
     references = [prompt.reference for prompt in prompts]
     texts = [reply.text for reply in replies]
@@ -169,8 +187,16 @@ def _score(
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(f"{prompt.text}\0{prompt.reference}\0".encode())
+        if prompt.extra:
+            digest.update(json.dumps(dict(prompt.extra), sort_keys=True, default=str).encode())
+    extras = [prompt.extra for prompt in prompts]
     return _Answered(
-        metrics={metric: score_replies(metric, texts, references, seed=seed) for metric in spec.metrics},
+        metrics={
+            metric: score_replies(
+                metric, texts, references, extras=extras, allow_code_execution=allow_code_execution, seed=seed
+            )
+            for metric in spec.metrics
+        },
         samples=tuple(
             SampleReply(
                 prompt=prompts[index].text,
@@ -206,25 +232,18 @@ def _measure_domains(
     return domains
 
 
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Eval and inference mode for a while; each module's own mode comes back, also after an error."""
-    was_training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in was_training:
-            module.training = mode
-
-
 def _staged(on_progress: OnProgress, stage: str) -> Callable[[int, int], None]:
     return lambda done, total: on_progress(stage, done, total)
 
 
 def _context_tokens(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _code_settings(spec: TaskSpec | None) -> dict[str, Any]:
+    if spec is None or not any(METRICS[metric].runs_code for metric in spec.metrics):
+        return {}
+    return {"code_isolation": "namespaces" if namespaces() else "process"}
 
 
 def _settings(model: PreTrainedModel, **values: Any) -> dict[str, Any]:

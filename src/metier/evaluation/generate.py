@@ -10,8 +10,9 @@ are padded on the right: Switch Transformers count padding towards what an exper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +34,8 @@ class Prompt:
     token_ids: tuple[int, ...]
     reference: str
     origin: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further keys of the record, for metrics that need more than the reference."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +88,9 @@ def encode_prompts(
                 f"do not fit the model's context of {max_length}. Remove the record or lower max_new_tokens."
             )
         reference = record.messages[-1].content
-        prompts.append(Prompt(text=text, token_ids=token_ids, reference=reference, origin=record.origin))
+        prompts.append(
+            Prompt(text=text, token_ids=token_ids, reference=reference, origin=record.origin, extra=record.extra)
+        )
     return prompts
 
 

@@ -1,8 +1,9 @@
 """Task metrics: replies and references to one score on 0 to 100, with a score per item and a 95% interval.
 
 Only measures that need no judge model and have a definition that others can repeat: exact match, JSON exact
-match, ROUGE-L (package `rouge_score`) and chrF (package `sacrebleu`). A reply that cannot be read scores 0
-and is counted, so that a format failure is never mistaken for a wrong answer.
+match, ROUGE-L (package `rouge_score`) and chrF (package `sacrebleu`) here; final numbers, APIs and unit tests in files
+of their own. A reply that cannot be read scores 0 and is counted, so that a format failure is never mistaken for a
+wrong answer.
 """
 
 # B resamples, N items, S statistics of one item
@@ -22,7 +23,11 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.chrf import CHRF
 
 from metier.errors import ConfigError, DataError
-from metier.evaluation.bootstrap import NUM_RESAMPLES, Array, bootstrap_interval, mean_interval
+from metier.evaluation import code_tests
+from metier.evaluation.api_calls import api_iou, call_iou
+from metier.evaluation.bootstrap import NUM_RESAMPLES, Array, bootstrap_interval
+from metier.evaluation.final_number import gsm8k
+from metier.evaluation.item_scores import ItemScores, mean_of_items
 from metier.evaluation.result import MetricScore
 
 # Scripts that put no space between words: Thai, Lao, Burmese, Khmer, kana, bopomofo and CJK ideographs.
@@ -33,29 +38,9 @@ _UNSPACED = (
 _ROUGE_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ItemScores:
-    """What a metric says of N replies: the score of all, of each, and how many were unreadable."""
-
-    value: float
-    items: tuple[float, ...]
-    interval: Callable[[int, int], tuple[float, float]]
-    """(seed, num_resamples) → the 95% interval of `value`."""
-    num_unparsed: int = 0
-
-
-def _mean_of_items(items: Sequence[float], *, num_unparsed: int = 0) -> ItemScores:
-    return ItemScores(
-        value=float(np.mean(items)),
-        items=tuple(items),
-        interval=lambda seed, num_resamples: mean_interval(items, seed=seed, num_resamples=num_resamples),
-        num_unparsed=num_unparsed,
-    )
-
-
 def exact_match(replies: Sequence[str], references: Sequence[str]) -> ItemScores:
     """100 where reply and reference are the same string after stripping white space at both ends, else 0."""
-    return _mean_of_items([100.0 * (a.strip() == b.strip()) for a, b in zip(replies, references, strict=True)])
+    return mean_of_items([100.0 * (a.strip() == b.strip()) for a, b in zip(replies, references, strict=True)])
 
 
 def json_exact_match(replies: Sequence[str], references: Sequence[str]) -> ItemScores:
@@ -82,7 +67,7 @@ def json_exact_match(replies: Sequence[str], references: Sequence[str]) -> ItemS
         except (ValueError, RecursionError):
             num_unparsed += 1
             items.append(0.0)
-    return _mean_of_items(items, num_unparsed=num_unparsed)
+    return mean_of_items(items, num_unparsed=num_unparsed)
 
 
 def _parse_json(text: str) -> Any:
@@ -120,7 +105,7 @@ def rouge_l(replies: Sequence[str], references: Sequence[str]) -> ItemScores:
     Source: Lin 2004; package rouge_score with `RougeTokenizer` in place of its ASCII tokenizer.
     """
     scorer = RougeScorer(["rougeL"], tokenizer=RougeTokenizer())
-    return _mean_of_items(
+    return mean_of_items(
         [
             100.0 * float(scorer.score(reference, reply)["rougeL"].fmeasure)
             for reply, reference in zip(replies, references, strict=True)
@@ -170,8 +155,40 @@ def _chrf_of_counts(statistics_BS: Array) -> Array:
     return score
 
 
-METRICS: Mapping[str, Callable[[Sequence[str], Sequence[str]], ItemScores]] = MappingProxyType(
-    {"exact_match": exact_match, "json_exact_match": json_exact_match, "rouge_l": rouge_l, "chrf": chrf}
+Extras = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """How replies are scored, and what that takes."""
+
+    score: Callable[[Sequence[str], Sequence[str], Extras], ItemScores]
+    """(replies, references, further keys of the records) → scores."""
+    record_keys: tuple[str, ...] = ()
+    """Keys of a record, beside its messages, that the metric reads."""
+    runs_code: bool = False
+    """It runs what the model wrote, so the caller must allow it."""
+
+
+def _of_text(score: Callable[[Sequence[str], Sequence[str]], ItemScores]) -> Metric:
+    return Metric(score=lambda replies, references, _: score(replies, references))
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        "exact_match": _of_text(exact_match),
+        "json_exact_match": _of_text(json_exact_match),
+        "rouge_l": _of_text(rouge_l),
+        "chrf": _of_text(chrf),
+        "gsm8k": _of_text(gsm8k),
+        "api_iou": _of_text(api_iou),
+        "call_iou": _of_text(call_iou),
+        "code_tests": Metric(
+            score=lambda replies, _, extras: code_tests.code_tests(replies, extras),
+            record_keys=code_tests.RECORD_KEYS,
+            runs_code=True,
+        ),
+    }
 )
 
 
@@ -186,24 +203,46 @@ def check_metric_names(metrics: Sequence[str], *, where: str) -> None:
             raise ConfigError(f"{where}: unknown metric {metric!r}.{hint} Known metrics: {', '.join(METRICS)}.")
 
 
+def check_code_execution(metrics: Sequence[str], *, allowed: bool) -> None:
+    """Raise ConfigError where a metric would run code that the model wrote and nobody allowed it."""
+    for metric in metrics:
+        if METRICS[metric].runs_code and not allowed:
+            raise ConfigError(
+                f"metric {metric!r} runs code that the model wrote, which is off unless asked for.\n"
+                "In a container or a virtual machine, give allow_code_execution=True (--allow-code-execution)."
+            )
+
+
 def score_replies(
     metric: str,
     replies: Sequence[str],
     references: Sequence[str],
     *,
+    extras: Extras | None = None,
+    allow_code_execution: bool = False,
     seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,
 ) -> MetricScore:
     """Score N replies against N references by a metric's name.
 
+    Args:
+        metric: one of METRICS.
+        replies: what the model wrote.
+        references: what was expected.
+        extras: further keys of each record, for metrics that have `record_keys`.
+        allow_code_execution: whether a metric may run code from the replies.
+        seed: of the bootstrap.
+        num_resamples: of the bootstrap.
+
     Raises:
-        ConfigError: the metric is unknown.
-        DataError: there is nothing to score.
+        ConfigError: the metric is unknown, or runs code and may not.
+        DataError: there is nothing to score, or a record lacks what the metric needs.
     """
     check_metric_names([metric], where="score_replies")
+    check_code_execution([metric], allowed=allow_code_execution)
     if not replies:
         raise DataError(f"{metric}: got 0 replies, expected at least one. Give a split that has records.")
-    scores = METRICS[metric](replies, references)
+    scores = METRICS[metric].score(replies, references, [{} for _ in replies] if extras is None else extras)
     low, high = scores.interval(seed, num_resamples)
     return MetricScore(
         metric=metric,

@@ -15,7 +15,7 @@ from pathlib import Path
 from metier import embedded
 from metier.data.records import Record, load_records
 from metier.errors import ConfigError, DataError
-from metier.evaluation.metrics import check_metric_names
+from metier.evaluation.metrics import METRICS, check_metric_names
 
 MAX_NEW_TOKENS = 64
 _RECORD_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -40,7 +40,7 @@ class TaskSpec:
             raise ConfigError(f"task {self.name!r}: max_new_tokens must be at least 1, got {self.max_new_tokens}.")
 
     def records(self, split: str, *, limit: int | None = None) -> list[Record]:
-        """The records of a split, the first `limit` of them.
+        """The records of a split, the first `limit` of them, with the further keys that the metrics need.
 
         Raises:
             ConfigError: the split is unknown, or `limit` is not positive.
@@ -51,7 +51,8 @@ class TaskSpec:
         if split not in self.splits:
             hint = _nearest(split, self.splits)
             raise ConfigError(f"task {self.name!r}: unknown split {split!r}.{hint} It has: {', '.join(self.splits)}.")
-        return load_records(self.splits[split], limit=limit)
+        keep = {key: None for metric in self.metrics for key in METRICS[metric].record_keys}
+        return load_records(self.splits[split], limit=limit, keep=list(keep))
 
 
 def load_task(task: str | Path, *, metrics: Sequence[str] | None = None) -> TaskSpec:
