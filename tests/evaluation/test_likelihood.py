@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from transformers import DeepseekV2ForCausalLM
@@ -128,3 +129,28 @@ def test_a_batch_of_contexts_is_bounded(
     # Alone because of their own size: 64 tokens of context and 36 of continuations, padded to three of 30.
     assert max(sizes) <= 150
     assert len(sizes) >= 2 * 3
+
+
+def test_virtual_tokens_of_a_prompt_are_no_part_of_what_is_scored(
+    model: DeepseekV2ForCausalLM, sequences: list[ScoredSequence]
+) -> None:
+    torch.manual_seed(0)
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    prompted = peft.get_peft_model(model, config).eval()
+    vectors_PD = prompted.get_prompt(batch_size=1)[0].detach()
+    embedded = model.get_input_embeddings()
+
+    def slow(sequence: ScoredSequence) -> float:
+        rows = torch.cat([vectors_PD, embedded(torch.tensor(sequence.token_ids))])
+        log_p = model(inputs_embeds=rows[None], use_cache=False).logits[0, 3:].double().log_softmax(-1)
+        places = range(sequence.start, len(sequence.token_ids))
+        return -sum(float(log_p[place - 1, sequence.token_ids[place]]) for place in places)
+
+    with torch.inference_mode():
+        expected = [slow(sequence) for sequence in sequences]
+        assert negative_log_likelihoods(prompted, sequences) == pytest.approx(expected, rel=RELATIVE_TOLERANCE)
+        items = [Continuations(context_ids=(5, 6, 7), continuation_ids=((8,), (9, 10, 11)))]
+        whole = [ScoredSequence(token_ids=(5, 6, 7, *ids), start=3) for ids in items[0].continuation_ids]
+        assert continuation_losses(prompted, items)[0] == pytest.approx(
+            [slow(one) for one in whole], rel=RELATIVE_TOLERANCE
+        )

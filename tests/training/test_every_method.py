@@ -84,6 +84,8 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "kind"), CASES, ids=["-".join(case) for case in CASES])
 def test_a_method_trains_saves_and_loads_to_the_same_logits(name: str, kind: str, run) -> None:
+    if name == "adamss":
+        pytest.importorskip("sklearn")  # every start of transformers takes seconds longer where it is installed
     base, result = run(name, kind)
     rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 TOKENS_IN_BATCH = 8_192
@@ -59,7 +60,7 @@ def _score_batch(model: PreTrainedModel, sequences: Sequence[ScoredSequence]) ->
     input_ids_BT, is_scored_BT = input_ids_BT.to(model.device), is_scored_BT.to(model.device)
     logits_BTV = model(
         input_ids=input_ids_BT, attention_mask=attention_mask_BT.to(model.device), use_cache=False
-    ).logits
+    ).logits[:, -width:]  # an adapter's virtual tokens stand before the sequence
     # The logits at a position predict the next token.
     is_target_BT = is_scored_BT[:, 1:]
     losses = F.cross_entropy(
@@ -84,6 +85,8 @@ def continuation_losses(model: PreTrainedModel, items: Sequence[Continuations]) 
     Contexts are padded on the left, so that all continuations of a batch start in the same column. Call it in
     eval mode and without gradients.
     """
+    if has_prompt(model):
+        return _scored_whole(model, items)
     vocab_size = int(model.get_input_embeddings().weight.shape[0])
     budget = min(TOKENS_IN_BATCH, LOGITS_IN_BATCH // vocab_size)
     order = sorted(range(len(items)), key=lambda index: (-len(items[index].context_ids), index))
@@ -101,6 +104,23 @@ def continuation_losses(model: PreTrainedModel, items: Sequence[Continuations]) 
         for index in batch:
             losses[index] = [next(scored) for _ in items[index].continuation_ids]
     return losses
+
+
+def has_prompt(model: PreTrainedModel) -> bool:
+    """Whether an adapter of PEFT puts virtual tokens before all that the model reads, what follows a cache too."""
+    active = getattr(model, "active_peft_config", None) if isinstance(model, PeftModel) else None
+    return bool(getattr(active, "is_prompt_learning", False))
+
+
+def _scored_whole(model: PreTrainedModel, items: Sequence[Continuations]) -> list[list[float]]:
+    """Each continuation with its context again, where a context cannot be computed once for all of them."""
+    sequences = [
+        ScoredSequence(token_ids=item.context_ids + ids, start=len(item.context_ids))
+        for item in items
+        for ids in item.continuation_ids
+    ]
+    scored = iter(negative_log_likelihoods(model, sequences))
+    return [[next(scored) for _ in item.continuation_ids] for item in items]
 
 
 def _score_continuations(model: PreTrainedModel, items: Sequence[Continuations]) -> list[float]:

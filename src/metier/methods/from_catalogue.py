@@ -46,8 +46,13 @@ def put_on(model: PreTrainedModel, config: RunConfig) -> peft.PeftModel:
     has_weights = not any(parameter.is_meta for parameter in model.parameters())
     try:
         wrapped = peft.get_peft_model(model, made)
-    except (MetierError, ImportError):
+    except MetierError:
         raise
+    except ImportError as error:
+        raise ConfigError(
+            f"{method.name}: a package is missing: {first_line(error)}\n"
+            f"Install it: pip install 'metier[{method.name}]'."
+        ) from error
     except Exception as error:  # thirty methods of PEFT refuse in as many ways
         if not has_weights:
             raise NeedsWeightsError(

@@ -10,7 +10,6 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -149,15 +148,16 @@ def _measured(
     validation = evaluate(
         model, tokenizer, task=task, split="validation", limit=spec["validation_items"], general=False, num_samples=0
     )
-    test = evaluate(model, tokenizer, task=task, limit=spec["test_items"], general_bytes=spec["general_bytes"])
+    test = evaluate(
+        model, tokenizer, task=task, limit=spec["test_items"], general_bytes=spec["general_bytes"], cloze_items=1
+    )
     assert validation.score is not None, "a task has a metric"
     assert test.score is not None, "a task has a metric"
     return {
         "validation": validation.score.value,
         "test": {"metric": test.score.metric, "score": test.score.value, "item_scores": list(test.score.item_scores)},
         "bits_per_byte": {name: loss.bits_per_byte for name, loss in test.domains.items()},
-        "cloze": None if test.cloze is None else test.cloze.accuracy,
-        "samples": [asdict(sample) for sample in test.samples[:3]],
+        "samples": [[sample.prompt, sample.reference, sample.reply] for sample in test.samples[:3]],
         "added_latency": _added_latency(model, tokenizer, task),
         "added_kv_bytes": _added_kv_bytes(model),
     }

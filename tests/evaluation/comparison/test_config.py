@@ -52,7 +52,7 @@ def test_a_candidates_keys_reach_its_run(tmp_path: Path) -> None:
         ("  - {method: vera, learning_rate: 1}\n", "the label 'VeRA' is there twice"),
         (
             "  - {method: esft, learning_rate: 1, experts: hot}\n",
-            "experts must be relevant or random or coldest or none, got 'hot'.",
+            "experts must be relevant or random or coldest, got 'hot'.",
         ),
         ("  - {method: vera, learning_rate: 1, label: b, rr: 1}\n", "compare: b: unknown key 'rr'."),
         ("seeds: 3\n", "seeds must be a list, got 3."),

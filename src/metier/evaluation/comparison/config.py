@@ -20,7 +20,7 @@ from metier.config_reading import run_config_of
 from metier.errors import ConfigError
 
 BASE, FULL = "untouched base", "full fine-tuning"
-Experts = Literal["relevant", "random", "coldest", "none"]
+Experts = Literal["relevant", "random", "coldest"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,8 +32,8 @@ class Candidate:
     learning_rate: float
     """Its usual one; it may try this one times each of the comparison's factors."""
     experts: Experts = "relevant"
-    """Which experts a method on selected ones gets: those that the task uses, as many drawn at random, the least used
-    ones, or none at all, where it trains other modules."""
+    """Which experts a method on selected ones gets: those that the task uses, as many drawn at random, or as many of
+    the least used."""
     run: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Other keys of its runs."""
 

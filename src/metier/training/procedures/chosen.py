@@ -117,7 +117,7 @@ def _given(config: RunConfig) -> dict[str, Any]:
 
 def _galore(options: dict[str, Any]) -> dict[str, Any]:
     if not is_galore_torch_available():
-        raise ConfigError("galore: the package galore-torch is missing. Install it: pip install galore-torch.")
+        raise ConfigError("galore: the package galore-torch is missing. Install it: pip install 'metier[galore]'.")
     return {
         "optim": "galore_adamw",
         # matrices of the decoder layers; the others have AdamW
