@@ -16,7 +16,12 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-_METHODS = ("metier.methods.esft", "metier.methods.expert_lora", "metier.methods.meft")
+_METHODS = (
+    "metier.methods.esft",
+    "metier.methods.expert_lora",
+    "metier.methods.meft",
+    "metier.methods.sparse_delta",
+)
 
 
 def register_with_peft() -> None:

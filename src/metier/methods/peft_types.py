@@ -24,6 +24,8 @@ class MetierPeftType(StrEnum):
     ESFT = "ESFT"
     EXPERT_LORA = "EXPERT_LORA"
     MEFT = "MEFT"
+    SPARSE_DELTA = "SPARSE_DELTA"
+    DIFF_PRUNING = "DIFF_PRUNING"
 
 
 def register(peft_type: MetierPeftType, config_class: type[PeftConfig], tuner_class: type[BaseTuner]) -> None:

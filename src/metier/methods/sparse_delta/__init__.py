@@ -1,0 +1,11 @@
+"""Sparse deltas: training chosen entries of a model's own parameters alone, the selective branch of the survey."""
+
+from metier.methods.peft_types import MetierPeftType, register
+from metier.methods.sparse_delta.choose import choose_entries, prepare
+from metier.methods.sparse_delta.config import SparseDeltaConfig
+from metier.methods.sparse_delta.layer import SparseDeltaLayer
+from metier.methods.sparse_delta.model import SparseDeltaModel
+
+register(MetierPeftType.SPARSE_DELTA, SparseDeltaConfig, SparseDeltaModel)
+
+__all__ = ["SparseDeltaConfig", "SparseDeltaLayer", "SparseDeltaModel", "choose_entries", "prepare"]
