@@ -3,9 +3,21 @@
 from metier.methods.peft_types import MetierPeftType, register
 from metier.methods.sparse_delta.choose import choose_entries, prepare
 from metier.methods.sparse_delta.config import SparseDeltaConfig
+from metier.methods.sparse_delta.diff_config import DiffPruningConfig
+from metier.methods.sparse_delta.diff_model import DiffPruningModel, prune
 from metier.methods.sparse_delta.layer import SparseDeltaLayer
 from metier.methods.sparse_delta.model import SparseDeltaModel
 
 register(MetierPeftType.SPARSE_DELTA, SparseDeltaConfig, SparseDeltaModel)
+register(MetierPeftType.DIFF_PRUNING, DiffPruningConfig, DiffPruningModel)
 
-__all__ = ["SparseDeltaConfig", "SparseDeltaLayer", "SparseDeltaModel", "choose_entries", "prepare"]
+__all__ = [
+    "DiffPruningConfig",
+    "DiffPruningModel",
+    "SparseDeltaConfig",
+    "SparseDeltaLayer",
+    "SparseDeltaModel",
+    "choose_entries",
+    "prepare",
+    "prune",
+]

@@ -55,6 +55,9 @@ def choose_entries(
         DataError: there is no batch.
     """
     show_base(model)
+    if config.mask == "given":
+        assert config.entries is not None, "SparseDeltaConfig refuses to be made without"
+        return checked_entries(config.entries, sizes_of(model))
     if config.mask in WHOLE or config.heads is not None:
         return whole_entries(model, config)
     found = candidates(model, config)
@@ -153,7 +156,9 @@ def _changes(
     whole = {p.path: torch.arange(p.parameter.numel()) for p in found}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     was_training, steps = model.training, 0
-    tuned = get_peft_model(model, SparseDeltaConfig(entries=checked_entries(whole, sizes_of(model))), "change")
+    tuned = get_peft_model(
+        model, SparseDeltaConfig(mask="given", entries=checked_entries(whole, sizes_of(model))), "change"
+    )
     try:
         values = {path: _values(tuned, path) for path in whole}
         optimizer = torch.optim.AdamW(values.values(), lr=config.change_learning_rate, weight_decay=0.0)

@@ -14,10 +14,11 @@ from metier.methods.peft_types import MetierPeftType
 from metier.models.base_parameters import KINDS
 
 Mask = Literal[
-    "magnitude_smallest", "magnitude_largest", "random", "fisher", "gradient", "change", "bias", "norm", "layer", "head"
-]
+    "magnitude_smallest", "magnitude_largest", "random", "fisher", "gradient", "change",
+    "bias", "norm", "layer", "head", "given",
+]  # fmt: skip
 WHOLE: frozenset[str] = frozenset({"bias", "norm", "layer"})
-"""Masks that take parameters whole, so that their size is not the user's to say."""
+"""Masks that take parameters whole."""
 DEFAULT_DENSITY = 0.005
 """FishMask's and LT-SFT's tables lie between 0.1% and 10%, with most of the gain reached at 0.5%."""
 
@@ -43,7 +44,7 @@ class SparseDeltaConfig(PeftConfig):
         default="magnitude_smallest",
         metadata={
             "help": "How entries are chosen: magnitude_smallest (PaFi), magnitude_largest, random, fisher (FishMask), "
-            "gradient, change (LT-SFT); or whole parts: bias (BitFit), norm, layer, head."
+            "gradient, change (LT-SFT); whole parts: bias (BitFit), norm, layer, head; or given by `entries`."
         },
     )
     density: float | None = field(
@@ -143,10 +144,10 @@ class SparseDeltaConfig(PeftConfig):
         return saved
 
     def _check_size(self) -> None:
-        if self.mask in WHOLE or self.heads is not None:
+        if self.mask in WHOLE or self.mask == "given" or self.heads is not None:
             if self.density is not None or self.num_entries is not None:
                 what = "heads" if self.heads is not None else f"mask={self.mask!r}"
-                raise ConfigError(f"{_HERE}: density and num_entries do not go with {what}, which takes whole parts.")
+                raise ConfigError(f"{_HERE}: density and num_entries do not go with {what}, which says how many.")
             return
         if self.density is not None and self.num_entries is not None:
             raise ConfigError(f"{_HERE}: got density={self.density} and num_entries={self.num_entries}; give one.")
@@ -169,6 +170,8 @@ class SparseDeltaConfig(PeftConfig):
             raise ConfigError(f"{_HERE}: entries must map parameter paths to flat positions, got {self.entries!r}.")
 
     def _check_structure(self) -> None:
+        if self.mask == "given" and self.entries is None and self.num_entries_by_parameter is None:
+            raise ConfigError(f"{_HERE}: mask='given' needs entries, flat positions by parameter path.")
         if self.mask == "layer" and (self.layers is None) == (self.last_layers is None):
             raise ConfigError(f"{_HERE}: mask='layer' needs either layers or last_layers.")
         if self.mask != "layer" and (self.layers is not None or self.last_layers is not None):

@@ -17,9 +17,9 @@ from metier.models.base_parameters import base_modules, base_parameters
 def sizes_of(model: nn.Module) -> dict[str, int]:
     """Entries of every parameter that can be trained: those of the base, and biases that a linear layer could have."""
     sizes = {
-        f"{path}.bias": module.weight.shape[0]
+        f"{path}.bias": module.out_features
         for path, module in base_modules(model)
-        if isinstance(module, nn.Linear) and module.bias is None
+        if isinstance(module, nn.Linear) and module._parameters.get("bias") is None
     }
     return sizes | {found.path: found.parameter.numel() for found in base_parameters(model)}
 

@@ -1,4 +1,4 @@
-"""One module of the base with sparse deltas on its parameters: values and positions, around the module's own forward."""
+"""One module of the base with sparse deltas on its parameters: values and positions around the module's own forward."""
 
 # M entries of an adapter in one parameter
 
@@ -326,5 +326,5 @@ class SparseDeltaLayer(nn.Module, BaseTunerLayer):
     def _refuse(self, adapter_name: str) -> None:
         raise DeltaError(
             f"{self.path}: adapter '{adapter_name}' was made from a configuration that says how many entries it has, "
-            "and not which.\nLoad its file with PeftModel.from_pretrained, or call prepare(model, config, batches) first."
+            "and not which.\nLoad its file with PeftModel.from_pretrained, or choose with prepare(model, config, …)."
         )
