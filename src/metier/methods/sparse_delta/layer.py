@@ -317,7 +317,10 @@ class SparseDeltaLayer(nn.Module, BaseTunerLayer):
         self.other_param_names = (*self.other_param_names, f"{INDICES}{name}")
 
     def _show_if_known(self) -> None:
-        if not self._without_entries.intersection(BaseTunerLayer.active_adapters.fget(self)):
+        active = BaseTunerLayer.active_adapters.fget(self)
+        if not any(
+            layer._without_entries.intersection(active) for layer in (self, *(x for x, _ in self.owners.values()))
+        ):
             self.show()
 
     def _device(self) -> torch.device:

@@ -144,6 +144,9 @@ class SparseDeltaModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         """PEFT's own warns of tied embeddings; here what is tied is one parameter before and after."""
 
+    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
+        """As `_check_merge_allowed`."""
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
