@@ -20,23 +20,23 @@ SWITCHES = ("attention_bias", "mlp_bias", "qkv_bias", "o_bias", "use_bias")
 
 
 def switches_for_biases(model: nn.Module, paths: Collection[str]) -> tuple[str, ...]:
-    """The switches of the base's configuration that give it the biases `paths`, the fewest that do.
+    """The switches of the base's configuration that give it the biases `paths`, each only where it helps.
 
     Raises:
         DeltaError: the architecture has no room for one of them; names it.
     """
     bare = bare_model(model)
     config = getattr(bare, "config", None)
-    off = [name for name in SWITCHES if getattr(config, name, None) is False]
     chosen: list[str] = []
-    for switch in off:
-        if missing := [path for path in paths if path not in _parameters_with(bare, chosen)]:
-            given = _parameters_with(bare, [*chosen, switch])
-            if any(path in given for path in missing):
-                chosen.append(switch)
-    if missing := sorted(path for path in paths if path not in _parameters_with(bare, chosen)):
+    missing = set(paths)
+    for switch in (name for name in SWITCHES if getattr(config, name, None) is False):
+        given = _parameters_with(bare, [*chosen, switch]) if missing else set()
+        if missing & given:
+            chosen.append(switch)
+            missing -= given
+    if missing:
         raise DeltaError(
-            f"{missing[0]}: the adapter adds a bias here, and {type(bare).__name__} has no place for one "
+            f"{min(missing)}: the adapter adds a bias here, and {type(bare).__name__} has no place for one "
             f"({len(missing)} of {len(paths)} added biases), so it cannot be merged. Serve it beside its base."
         )
     return tuple(chosen)
@@ -56,8 +56,6 @@ def take_biases(model: nn.Module, switches: Collection[str]) -> None:
 
 
 def _parameters_with(bare: nn.Module, switches: Collection[str]) -> set[str]:
-    if not switches:
-        return set()
     config = copy.deepcopy(bare.config)
     for switch in switches:
         setattr(config, switch, True)
