@@ -229,7 +229,7 @@ def test_unloading_a_merged_adapter_gives_the_base_back():
 
 def test_merging_another_than_the_active_adapter_leaves_nothing_of_the_active_one():
     wrapped = trained(model_of())
-    wrapped.add_adapter("second", dense_config(seed=5, density=0.001))
+    wrapped.add_adapter("second", dense_config(seed=5, target_modules=["layers.0.mlp.down_proj"]))
     wrapped.set_adapter("second")
     train(wrapped, 2)
     logits = wrapped(tokens()).logits
@@ -356,6 +356,11 @@ def test_casting_the_model_casts_the_base_and_not_what_stands_in_it():
     wrapped.to(torch.float64)
     with wrapped.disable_adapter():
         assert torch.equal(wrapped(tokens()).logits, model_of(dtype=torch.float64)(tokens()).logits)
+    wrapped = trained(model_of())
+    wrapped.to(torch.bfloat16)
+    logits = wrapped(tokens()).logits
+    wrapped.train().eval()  # writes anew
+    assert torch.equal(wrapped(tokens()).logits, logits)
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])

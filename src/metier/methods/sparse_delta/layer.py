@@ -174,8 +174,7 @@ class SparseDeltaLayer(nn.Module, BaseTunerLayer):
         self._show_if_known()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """PEFT's own, from the base's own bits; parameters that no adapter touches any more are let go."""
-        self.restore_base()
+        """PEFT's own, which makes another adapter active, or none."""
         self._without_entries.discard(adapter_name)
         BaseTunerLayer.delete_adapter(self, adapter_name)
 

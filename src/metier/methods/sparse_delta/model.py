@@ -20,7 +20,7 @@ from metier.methods.sparse_delta.state import load_indices, with_indices
 from metier.models.base_parameters import base_parameters
 from metier.models.fingerprint import fingerprint_of_any
 from metier.models.linear_biases import switches_for_biases, take_biases
-from metier.models.unwrap import base_path, original_module, show_base
+from metier.models.unwrap import base_path, original_module
 
 
 class SparseDeltaModel(BaseTuner):
@@ -38,7 +38,6 @@ class SparseDeltaModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        show_base(self.model)
         set_base_fingerprint(peft_config, self.model, fingerprint_of_any(self.model))
         sizes = sizes_of(self.model)
         if peft_config.entries is None and peft_config.num_entries_by_parameter is None:
