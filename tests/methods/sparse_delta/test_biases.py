@@ -105,7 +105,7 @@ def test_added_biases_that_a_checkpoint_could_not_hold_are_not_merged(verb):
 
 def test_biases_that_are_there_are_trained_in_place_and_merge_to_the_bit():
     wrapped = bitfit(qwen2())
-    names = {path.split(".", 3)[3] for path in wrapped.peft_config["default"].entries}
+    names = {path.split(".", 3)[3] for path in wrapped.peft_config["default"].num_entries_by_parameter}
     assert names == {f"self_attn.{name}_proj.bias" for name in "qkv"}
     logits = wrapped(tokens()).logits
     assert not torch.equal(logits, qwen2()(tokens()).logits)

@@ -275,7 +275,7 @@ def test_heads_are_taken_by_their_score(score):
 def test_heads_that_cannot_be_told_apart_are_refused():
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     fused = Phi3Config(**sizes, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
-    with pytest.raises(UnsupportedModelError, match="attention has .*qkv_proj, expected q_proj"):
+    with pytest.raises(UnsupportedModelError, match=r"attention has .*qkv_proj, expected q_proj"):
         choose_entries(AutoModelForCausalLM.from_config(fused), SparseDeltaConfig(mask="head", heads={0: [0]}))
     for heads, message in (
         ({7: [0]}, r"layer 7, but layers with attention are \[0, 1\]"),

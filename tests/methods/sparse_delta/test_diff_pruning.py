@@ -157,7 +157,7 @@ def test_gradient_checkpointing_draws_the_same_gates_again(use_reentrant):
 
 @pytest.mark.parametrize("verb", ["merge_adapter", "merge_and_unload"])
 def test_merging_is_refused_by_name(verb):
-    with pytest.raises(DeltaError, match="its gates are still open in part, so it is not merged. Call `prune"):
+    with pytest.raises(DeltaError, match=r"its gates are still open in part, so it is not merged\. Call `prune"):
         getattr(peft.get_peft_model(model_of(), DiffPruningConfig()), verb)()
 
 

@@ -153,12 +153,10 @@ def _changes(
     The pass trains all entries as one dense delta, whose float32 values are the differences, also where the base is
     kept in less; and the base's bits come back when it is taken off, whatever happens.
     """
-    whole = {p.path: torch.arange(p.parameter.numel()) for p in found}
+    whole = {parameter.path: parameter.parameter.numel() for parameter in found}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     was_training, steps = model.training, 0
-    tuned = get_peft_model(
-        model, SparseDeltaConfig(mask="given", entries=checked_entries(whole, sizes_of(model))), "change"
-    )
+    tuned = get_peft_model(model, SparseDeltaConfig(mask="given", num_entries_by_parameter=whole), "change")
     try:
         values = {path: _values(tuned, path) for path in whole}
         optimizer = torch.optim.AdamW(values.values(), lr=config.change_learning_rate, weight_decay=0.0)

@@ -29,7 +29,9 @@ def planned_counts(model: nn.Module, config: SparseDeltaConfig) -> dict[str, int
 
     With data a global mask spreads the same number of entries unevenly, which costs the same memory but for padding.
     """
-    if config.mask in WHOLE or config.heads is not None:
+    if config.mask in WHOLE:
+        return whole_sizes(model, config)
+    if config.heads is not None:
         return {path: len(indices) for path, indices in whole_entries(model, config).items()}
     found = {parameter.path: parameter.parameter.numel() for parameter in candidates(model, config)}
     total = sum(found.values())
@@ -41,18 +43,23 @@ def planned_counts(model: nn.Module, config: SparseDeltaConfig) -> dict[str, int
 
 def whole_entries(model: nn.Module, config: SparseDeltaConfig) -> dict[str, Tensor]:
     """The entries of the masks that take whole parts: all of each parameter, or those of named heads."""
-    found = candidates(model, config)
     if config.mask == "head":
+        found = candidates(model, config)
         from metier.methods.sparse_delta.masks.heads import entries_of_heads
         from metier.models.attention_heads import attention_heads
 
         shapes = {parameter.path: tuple(parameter.parameter.shape) for parameter in found}
         return entries_of_heads(attention_heads(model), config.heads or {}, shapes)
+    return {path: torch.arange(size, dtype=index_dtype(size)) for path, size in whole_sizes(model, config).items()}
+
+
+def whole_sizes(model: nn.Module, config: SparseDeltaConfig) -> dict[str, int]:
+    """The parameters that a mask takes whole, and how many entries each has."""
+    found = candidates(model, config)
     if config.mask == "layer":
         layers = chosen_layers(model, config)
         found = [parameter for parameter in found if parameter.layer in layers]
-    sizes = {parameter.path: parameter.parameter.numel() for parameter in found} | new_biases(model, config)
-    return {path: torch.arange(size, dtype=index_dtype(size)) for path, size in sizes.items()}
+    return {parameter.path: parameter.parameter.numel() for parameter in found} | new_biases(model, config)
 
 
 def checked_entries(entries: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metier.errors import ConfigError, DeltaError
 from metier.methods.base_of import set_base_fingerprint
 from metier.methods.sparse_delta.choose import choose_entries
-from metier.methods.sparse_delta.config import SparseDeltaConfig
+from metier.methods.sparse_delta.config import WHOLE, SparseDeltaConfig
 from metier.methods.sparse_delta.entries import checked_entries, planned_counts, sizes_of
 from metier.methods.sparse_delta.layer import SparseDeltaLayer
 from metier.methods.sparse_delta.state import load_indices, with_indices
@@ -51,7 +51,8 @@ class SparseDeltaModel(BaseTuner):
         return peft_config
 
     def _choose(self, config: SparseDeltaConfig) -> None:
-        if any(parameter.is_meta for parameter in self.model.parameters()):
+        # of parameters that are trained whole, nothing but their number need be known
+        if config.mask in WHOLE or any(parameter.is_meta for parameter in self.model.parameters()):
             config.num_entries_by_parameter = planned_counts(self.model, config)
         else:
             config.entries = choose_entries(self.model, config)
