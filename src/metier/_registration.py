@@ -25,6 +25,7 @@ _METHODS = (
     "metier.methods.bottleneck",
     "metier.methods.prefix",
     "metier.methods.hybrid",
+    "metier.methods.sparse_delta",
 )
 
 

@@ -30,6 +30,8 @@ class MetierPeftType(StrEnum):
     METIER_PREFIX = "METIER_PREFIX"
     MAM = "MAM"
     UNIPELT = "UNIPELT"
+    SPARSE_DELTA = "SPARSE_DELTA"
+    DIFF_PRUNING = "DIFF_PRUNING"
 
 
 def register(peft_type: MetierPeftType, config_class: type[PeftConfig], tuner_class: type[BaseTuner]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from metier.errors import UnsupportedModelError
 from metier.models.moe import MoELayer, moe_layers
-from metier.models.unwrap import bare_model, base_module, base_tensors, own_tensors
+from metier.models.unwrap import bare_model, base_module, base_tensors, own_tensors, show_base
 
 _SKELETON = "_metier_is_skeleton"
 
@@ -46,6 +46,7 @@ def fingerprint(model: nn.Module) -> str:
         UnsupportedModelError: as `moe_layers`.
     """
     bare = bare_model(model)
+    show_base(bare)
     layers = moe_layers(bare)
     digest = hashlib.sha256(json.dumps(_essentials(bare, layers), sort_keys=True).encode())
     for layer in layers:

@@ -41,6 +41,22 @@ def original_module(module: nn.Module) -> nn.Module:
     return module
 
 
+def show_base(model: nn.Module) -> None:
+    """Have every wrapper whose adapter's values stand in the base's own tensors put the base's back, to the bit.
+
+    Whoever reads the base's tensors under an active adapter calls this first. The next forward pass puts the adapter's
+    values where they were.
+    """
+    for module in model.modules():
+        _show_base_of(module)
+
+
+def _show_base_of(module: nn.Module) -> None:
+    restore = getattr(type(module), "restore_base", None)  # not the instance: wrappers answer for what they wrap
+    if restore is not None:
+        restore(module)
+
+
 def base_module(model: nn.Module, path: str) -> nn.Module | None:
     """The base's own module at `path` of the bare model, whatever PEFT has put around it or around a module that it
     lies in; None where there is none."""
@@ -56,6 +72,7 @@ def base_module(model: nn.Module, path: str) -> nn.Module | None:
 def base_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Parameters and saved buffers of the base in `module`, under the base's names; adapters' tensors are
     left out."""
+    _show_base_of(module)
     module = original_module(module)
     yield from own_tensors(module, prefix)
     for name, child in module.named_children():
