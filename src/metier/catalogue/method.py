@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Part = Literal["attention", "dense", "shared", "routed", "router", "norms"]
 """Of a decoder layer: attention, a dense feed-forward block, shared experts, routed experts, the router, the norms."""
 
 LINEAR: tuple[Part, ...] = ("attention", "dense", "shared")
 """Where linear layers are that any method for them can change; routed experts are stacked, and few can."""
+
+ALL_PARTS: tuple[Part, ...] = get_args(Part)
 
 DENSE, MOE = "dense", "moe"
 ANY = (DENSE, MOE)

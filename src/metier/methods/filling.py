@@ -89,6 +89,11 @@ def prefix(model: PreTrainedModel, options: Options) -> dict[str, Any]:
     return {}
 
 
+def layers(model: PreTrainedModel, options: Options) -> dict[str, Any]:
+    """The last one, where none are named."""
+    return {} if options.get("layers") or options.get("last_layers") else {"last_layers": 1}
+
+
 def cpt(model: PreTrainedModel, options: Options) -> dict[str, Any]:
     """Masks of a context that is one example."""
     ids = options.get("cpt_token_ids")

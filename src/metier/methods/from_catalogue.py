@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 import peft
@@ -16,6 +17,8 @@ from metier.config import RunConfig
 from metier.errors import ConfigError, MetierError, UnsupportedModelError
 from metier.methods.coverage import check_coverage
 from metier.methods.single_task import with_one_task
+from metier.methods.sparse_delta import SparseDeltaConfig, prepare
+from metier.methods.sparse_delta.masks.gradients import Batch
 from metier.models.encoder_decoder import is_encoder_decoder
 from metier.models.load import first_line
 from metier.models.moe import is_dense
@@ -29,8 +32,13 @@ class NeedsWeightsError(UnsupportedModelError):
     """A method cannot be put on a model without weights, which is what a plan has."""
 
 
-def put_on(model: PreTrainedModel, config: RunConfig) -> peft.PeftModel:
+def put_on(model: PreTrainedModel, config: RunConfig, batches: Iterable[Batch] = ()) -> peft.PeftModel:
     """The model with the run's method on it, checked to cover what it was to cover.
+
+    Args:
+        model: the base.
+        config: the run.
+        batches: of its data, for methods that look at them to choose what they train.
 
     Raises:
         UnsupportedModelError: the method does not fit this kind of model.
@@ -43,6 +51,8 @@ def put_on(model: PreTrainedModel, config: RunConfig) -> peft.PeftModel:
     # PEFT writes what it has found in place of what it was given
     names_modules = bool({"target_modules", "target_parameters"} & config.method_options.keys())
     parts = target_parts(method, config, model)
+    if isinstance(made, SparseDeltaConfig) and made.needs_data:
+        prepare(model, made, batches)
     has_weights = not any(parameter.is_meta for parameter in model.parameters())
     try:
         wrapped = peft.get_peft_model(model, made)

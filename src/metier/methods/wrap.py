@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import peft
@@ -13,6 +14,7 @@ from metier.methods.esft import EsftConfig
 from metier.methods.expert_lora import ExpertLoraConfig
 from metier.methods.from_catalogue import put_on
 from metier.methods.meft import MeftConfig
+from metier.methods.sparse_delta.masks.gradients import Batch
 from metier.routing.selection import ExpertSelection
 
 ROWS_FOLDER = "rows"
@@ -20,9 +22,15 @@ ROWS_FOLDER = "rows"
 
 
 def wrap(
-    model: PreTrainedModel, config: RunConfig, selection: ExpertSelection | None
+    model: PreTrainedModel, config: RunConfig, selection: ExpertSelection | None, batches: Iterable[Batch] = ()
 ) -> PreTrainedModel | peft.PeftModel:
     """The model with exactly the method's parameters wanting gradients, in float32.
+
+    Args:
+        model: the base.
+        config: the run.
+        selection: of the methods that train selected experts.
+        batches: of the run's data, for methods that look at them to choose what they train; read by those alone.
 
     Raises:
         SelectionError: the selection does not fit the model.
@@ -35,7 +43,7 @@ def wrap(
     if config.method == "meft":
         return peft.get_peft_model(model, meft_config(config))
     if not selects_experts(config):
-        return put_on(model, config)
+        return put_on(model, config, batches)
     assert selection is not None, "a run on selected experts selects before it wraps"
     if config.method == "expert_lora":
         lora = ExpertLoraConfig.from_selection(

@@ -44,6 +44,7 @@ from metier.training.callbacks import (
 from metier.training.checkpoints import MarkCheckpoints, find_checkpoint, step_of
 from metier.training.folder import RunFolder, open_folder
 from metier.training.foresight import Foresight
+from metier.training.masks import batches_to_look_at, pruned
 from metier.training.report import write_run_report
 from metier.training.selecting import run_selection
 from metier.training.store_metrics import CountFrozen, CountRows
@@ -119,7 +120,7 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         steps_done=0 if checkpoint is None else step_of(checkpoint),
     )
     set_seed(config.seed)
-    model = wrap(loaded.model, config, selection)
+    model = wrap(loaded.model, config, selection, batches_to_look_at(items.items, loaded.tokenizer, config))
     plan = training_plan(
         model,
         method=config.method,
@@ -160,6 +161,7 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
     with serialization.patch("load.mmap", True):  # type: ignore[attr-defined]
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, peak = time.monotonic() - started, foresight.peak_memory_bytes()
+    model = pruned(model, config)
     _save(model, loaded.tokenizer, folder)
     # the adapter has them all
     shutil.rmtree(folder.rows, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from peft import PeftModel
@@ -69,7 +70,9 @@ def procedure_of(config: RunConfig, model: nn.Module) -> Procedure:
             lisa = Lisa(num_layers=options["lisa_layers"], interval=options["lisa_interval"], seed=config.seed)
             return Procedure(callbacks=[lisa])
         case "auxiliary_loss":
-            return Procedure(after=add_auxiliary_loss)
+            return Procedure(after=partial(add_to_loss, name="auxiliary_loss"))
+        case "diff_pruning":
+            return Procedure(after=partial(add_to_loss, name="penalty"))
         case "own_loss":
             return Procedure(after=use_own_loss, has_own_loss=True)
     raise AssertionError(f"{method.name}: no procedure is called {method.optimizer!r}")
@@ -89,8 +92,8 @@ def use_own_loss(trainer: Trainer) -> None:
     trainer.compute_loss = compute_loss
 
 
-def add_auxiliary_loss(trainer: Trainer) -> None:
-    """Add what the adapter's tuner asks for by `auxiliary_loss()`, such as that its routers share out their tokens.
+def add_to_loss(trainer: Trainer, *, name: str) -> None:
+    """Add what the adapter's tuner asks for by a method of that name, such as that its routers share out their tokens.
 
     It is a mean over a batch, so that over several batches of a step it is their mean.
     """
@@ -103,7 +106,7 @@ def add_auxiliary_loss(trainer: Trainer) -> None:
         if not model.training:
             return found
         tuner: Any = trainer.accelerator.unwrap_model(model).base_model
-        added = tuner.auxiliary_loss() / trainer.current_gradient_accumulation_steps
+        added = getattr(tuner, name)() / trainer.current_gradient_accumulation_steps
         return (found[0] + added, found[1]) if return_outputs else found + added
 
     trainer.compute_loss = compute_loss
