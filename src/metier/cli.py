@@ -328,6 +328,23 @@ def compare(
 
 
 @app.command()
+def search(
+    file: Annotated[Path, typer.Argument(metavar="SEARCH.YAML", help="Model, task, methods, places and rounds.")],
+    jobs: Annotated[int, typer.Option(help="Runs at once, each in a process of its own.")] = 1,
+) -> None:
+    """Search over methods and places: what fits the memory runs briefly, the better half runs on."""
+    from rich.console import Console
+
+    from metier.evaluation.comparison.search import load_search
+    from metier.evaluation.comparison.search import search as run_search
+    from metier.planning.plan import why_not
+
+    config = load_search(file)
+    best = run_search(config, lambda run: why_not(run, config.memory), console=Console(), num_jobs=jobs)
+    typer.echo(f"The best run, to be repeated at full length: metier train {best}")
+
+
+@app.command()
 def evaluate(
     model: Model,
     task: Annotated[

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from metier.config import RunConfig
 from metier.errors import ConfigError, MetierError, SelectionError, UnsupportedModelError
+from metier.methods.from_catalogue import NeedsWeightsError
 from metier.models.load import ignore_renamed_options
 from metier.models.skeleton import model_config
 from metier.planning.budget import machine_budget
@@ -164,6 +165,26 @@ def plan(
         clock.save()
     why = "" if clock is not None else "what computes is not this machine's CPU. Name it: --device rtx-4090."
     return Plan(budget, tuple(rows), why, clock is not None and clock.was_busy, device, _cache(base, config))
+
+
+def why_not(config: RunConfig, memory: str | None = None) -> str:
+    """Why a run does not fit into memory, or cannot be at all; "" where it fits, or where that cannot be said.
+
+    Args:
+        config: the run; its data are not read.
+        memory: such as "8GiB"; this machine's where it is not given.
+    """
+    ignore_renamed_options()
+    budget = machine_budget(memory)
+    base = model_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    try:
+        found = Estimator(base, has_host=budget.host_bytes is not None)(config)
+    except NeedsWeightsError:
+        return ""
+    except MetierError as error:
+        return str(error).splitlines()[0]
+    lacking = budget.lacking_bytes(found)
+    return f"it needs {size(lacking)} more than there is" if lacking else ""
 
 
 def _clock(config: RunConfig, budget: Budget, device: Device | None) -> Clock | None:
