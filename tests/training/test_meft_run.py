@@ -66,7 +66,7 @@ def test_lora_on_a_dense_model_is_on_every_linear_layer_but_the_head(
 ) -> None:
     dense_base(base)
     result = train(configure(method="lora", lora_r=4, lora_dropout=0.1), console=console)
-    assert "LoRA on all linear layers" in console.file.getvalue()
+    assert "lora on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in console.file.getvalue()
     # r times inputs and outputs of q, k, v, o and of gate, up, down
     assert result.plan.num_trained == 2 * 4 * (4 * (32 + 32) + 3 * (32 + 48))
     model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), result.folder / "adapter").eval()

@@ -59,7 +59,6 @@ def make_trainer(
         "processing_class": tokenizer,
         "callbacks": [*callbacks, *procedure.callbacks, GiveBack()],
         "optimizers": (procedure.optimizer, None),
-        "optimizer_cls_and_kwargs": procedure.optimizer_class,
     }
     trainer: Trainer
     if is_encoder_decoder(model):
@@ -79,6 +78,7 @@ def make_trainer(
                 router_aux_loss_coef=0.0,
                 **arguments,
             ),
+            optimizer_cls_and_kwargs=procedure.optimizer_class,
             data_collator=(PaddingFreeCollator if config.padding_free else Collator)(pad_token),
             **common,
         )
