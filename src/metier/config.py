@@ -170,6 +170,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         method = method_of(self.method)
+        if self.base_format is None and method.base_format is not None:
+            object.__setattr__(self, "base_format", method.base_format)
         self._check_targets(method)
         for name in ("model", "dataset", "output_dir"):
             _require(bool(getattr(self, name)), name, "be a name or a path", getattr(self, name))
@@ -205,10 +207,10 @@ class RunConfig:
             )
         if self.minus_general and self.general_dataset is None:
             raise ConfigError("minus_general needs general_dataset, whose scores are subtracted. Name one.")
-        if self.has_frozen_base and self.method not in ("esft", "expert_lora", "meft"):
+        if self.has_frozen_base and (method.saves_whole_model or method.writes_base):
             raise ConfigError(
                 "base_store and base_format keep the base's weights where they cannot be changed, and method "
-                f"{self.method} changes them. Use method esft, expert_lora or meft, or leave them out."
+                f"{self.method} changes them. Use a method that stands beside them, or leave these keys out."
             )
         if self.base_folder is not None and not self.has_frozen_base:
             raise ConfigError(

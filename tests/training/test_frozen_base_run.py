@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from metier.config import RunConfig
-from metier.errors import ConfigError
+from metier.errors import ConfigError, ModelError
 from metier.training.run import train
 
 Configure = Callable[..., RunConfig]
@@ -76,8 +76,8 @@ def test_a_run_may_go_on_with_its_base_in_another_place(configure: Configure, co
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "full", "base_store": "disk"}, r"method full changes them\. Use method esft, expert_lora or meft"),
-        ({"method": "lora", "base_format": "int8"}, r"method lora changes them\."),
+        ({"method": "full", "base_store": "disk"}, r"method full changes them\. Use a method that stands"),
+        ({"method": "galore", "base_format": "int8"}, r"method galore changes them\."),
         (
             {"base_folder": "somewhere"},
             r"base_folder: got 'somewhere', but the base's weights are in no store\. Set base_store or",
@@ -87,3 +87,43 @@ def test_a_run_may_go_on_with_its_base_in_another_place(configure: Configure, co
 def test_what_does_not_go_together_is_refused(configure: Configure, options: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         configure(**options)
+
+
+BESIDE = ["qlora", "lora_plus", "vera", "prompt", "prefix_attention", "pfeiffer", "ladder", "shira"]
+
+
+@pytest.mark.parametrize("method", BESIDE)
+def test_methods_that_stand_beside_the_base_give_the_same_adapter_on_a_stored_one(
+    method: str, configure: Configure, console: Console
+) -> None:
+    options = {
+        "method": method,
+        "method_options": {"ladder": {"reduction": 2, "num_heads": 2}, "shira": {"r": 4}}.get(method, {}),
+    }
+    if method == "lora_plus":
+        options["targets"] = "attention"
+    plain = configure("in-memory", **options)
+    if method == "qlora":
+        # what makes it what it is: the other runs keep the base as it is
+        assert plain.base_format == "nf4"
+        result = train(plain, console=console)
+        assert "of it on the device in nf4)" in " ".join(console.file.getvalue().split())
+        assert any("lora_B" in name and tensor.any() for name, tensor in tensors(result.folder).items())
+        return
+    assert same(
+        train(plain, console=console).folder,
+        train(configure("stored", base_store="host", **options), console=console).folder,
+    )
+
+
+@pytest.mark.parametrize("method", ["full", "mezo", "fishmask", "pissa"])
+def test_methods_that_change_the_base_are_refused_on_a_stored_one(method: str, configure: Configure) -> None:
+    with pytest.raises(ConfigError, match=f"method {method} changes them. Use a method that stands beside them"):
+        configure(method=method, base_store="host")
+
+
+def test_lora_on_stored_experts_is_refused_for_it_forms_their_changed_weights(
+    configure: Configure, console: Console
+) -> None:
+    with pytest.raises(ModelError, match="is frozen in a store"):
+        train(configure(method="lora", base_store="host"), console=console)

@@ -79,6 +79,7 @@ METHODS = (
         targets=("attention", "dense"),
         moe_targets=("attention",),
         fill="metier.methods.filling:lora",
+        base_format="nf4",
     ),
     Method(
         name="galore",

@@ -60,6 +60,10 @@ class Method:
     """Options of that procedure, with their defaults."""
     not_traced: str = ""
     """Why its step cannot be foreseen, as a clause; "" where it can."""
+    writes_base: bool = False
+    """Whether it writes into the base's weights, so that these cannot be in a store of their own."""
+    base_format: Literal["int8", "nf4"] | None = None
+    """How the base's weights are kept where a run does not say it."""
     saves_whole_model: bool = False
     """Whether it changes the base itself, so that a run leaves a model instead of an adapter."""
 

@@ -85,6 +85,7 @@ METHODS = (
         fill="metier.methods.filling:lora",
         defaults={"init_lora_weights": "pissa"},
         fixed=frozenset({"init_lora_weights"}),
+        writes_base=True,
     ),
     Method(
         name="olora",
@@ -101,6 +102,7 @@ METHODS = (
         fill="metier.methods.filling:lora",
         defaults={"init_lora_weights": "olora"},
         fixed=frozenset({"init_lora_weights"}),
+        writes_base=True,
     ),
     Method(
         name="lora_orthogonal",

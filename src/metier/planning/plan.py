@@ -246,7 +246,7 @@ def _as_method(config: RunConfig, method: str) -> RunConfig:
     foreign: set[str] = set()
     if method not in ("esft", "expert_lora"):
         foreign |= {name for name in defaults if name.startswith(("select", "train_", "top_p", "minus_general"))}
-    if method in ("full", "lora"):
+    if method == "full":
         foreign |= {"base_store", "base_format", "base_folder"}
     reset = {name: defaults[name] for name in foreign if name in defaults}
     return changed(config, {"method": method, **reset})
