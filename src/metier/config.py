@@ -218,6 +218,18 @@ class RunConfig:
                 "base_format, or leave it out."
             )
         _require(self.lora_dropout < 1, "lora_dropout", "be less than 1", self.lora_dropout)
+        if method.not_resumable and (self.save_steps is not None or self.resume_from_checkpoint is not None):
+            raise ConfigError(
+                f"save_steps and resume_from_checkpoint: a run of {method.name} cannot be taken up again, for "
+                f"{method.not_resumable}. Leave them out."
+            )
+        if self.gradient_checkpointing and method.name in ("prefix", "cartridge"):
+            raise ConfigError(
+                f"gradient_checkpointing: {method.name} stands in the KV cache, which checkpointing turns off. Leave "
+                "it out, or use method prefix_attention."
+            )
+        if method.config is None and method.name != "expert_lora" and (unused := self.lora_keys_set):
+            raise ConfigError(f"{', '.join(unused)}: method {method.name} has no LoRA. Leave out what is of one.")
 
     def _check_targets(self, method: Method) -> None:
         for part in self.target_parts or ():
@@ -227,6 +239,12 @@ class RunConfig:
                 raise ConfigError(f"targets: got {part!r}, but {method.name} can go on {parts}. Leave it out.")
         if self.targets is not None and "target_modules" in self.method_options:
             raise ConfigError("targets and target_modules both say where the method goes. Leave one of them out.")
+
+    @property
+    def lora_keys_set(self) -> tuple[str, ...]:
+        """Keys of LoRAs that are not at their defaults."""
+        fields = {one.name: one.default for one in dataclasses.fields(self)}
+        return tuple(name for name in LORA_KEYS if getattr(self, name) != fields[name])
 
     @property
     def target_parts(self) -> tuple[str, ...] | None:
@@ -256,6 +274,7 @@ class RunConfig:
         return yaml.safe_dump({**values, **options}, sort_keys=False, allow_unicode=True)
 
 
+LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout")
 _GROUPS = ("shared_experts", "router", "attention", "norms")
 POLICIES = ("top_p", "select_top_k", "select_top_fraction", "select_budget_bytes")
 _AT_LEAST_ONE = (

@@ -100,6 +100,8 @@ METHODS = (
         fits=(DENSE,),
         config="peft.ShadowConfig",
         defaults={"task_type": "CAUSAL_LM"},
+        optimizer="own_loss",
+        not_traced="it is trained on the model's own loss, and the trace is of another",
     ),
     Method(
         name="prompt",
@@ -194,6 +196,7 @@ METHODS = (
         is_prompt=True,
         optimizer="own_loss",
         not_traced="it is trained on the model's own loss, and the trace is of another",
+        not_resumable="PEFT saves its changes as part of the embeddings",
     ),
     Method(
         name="ia3",

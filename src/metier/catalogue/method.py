@@ -60,6 +60,8 @@ class Method:
     """Options of that procedure, with their defaults."""
     not_traced: str = ""
     """Why its step cannot be foreseen, as a clause; "" where it can."""
+    not_resumable: str = ""
+    """Why a run that stopped cannot be taken up again to the same bits, as a clause; "" where it can."""
     writes_base: bool = False
     """Whether it writes into the base's weights, so that these cannot be in a store of their own."""
     base_format: Literal["int8", "nf4"] | None = None

@@ -149,6 +149,9 @@ METHODS = (
         fill="metier.methods.filling:adalora",
         optimizer="adalora",
         targets=LINEAR,
+        defaults={"r": 8},
+        fixed=frozenset({"r"}),
+        not_resumable="PEFT saves its matrices at the ranks that they have by then, and not what it allots them by",
     ),
     Method(
         name="delora",

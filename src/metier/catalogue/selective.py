@@ -246,6 +246,7 @@ METHODS = (
         inference="nothing once merged",
         merges=True,
         config="peft.SupertuningConfig",
+        defaults={"r": None, "lora_alpha": None, "lora_dropout": 0.0},
         targets=LINEAR,
     ),
 )

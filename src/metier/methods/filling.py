@@ -123,8 +123,9 @@ def trainable_tokens(model: PreTrainedModel, options: Options) -> dict[str, Any]
 
 
 def adalora(model: PreTrainedModel, options: Options) -> dict[str, Any]:
-    """A number of steps that stands until the run knows it."""
-    return {"total_step": 1_000}
+    """A number of steps that stands until the run knows it; ranks that begin half as high again as they end."""
+    rank = options.get("target_r") or options["lora_r"]
+    return {"total_step": 1_000, "target_r": rank, "init_r": math.ceil(1.5 * rank)}
 
 
 def vblora(model: PreTrainedModel, options: Options) -> dict[str, Any]:

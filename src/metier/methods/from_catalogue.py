@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import peft
@@ -13,18 +13,19 @@ from transformers import PreTrainedModel
 from metier.catalogue.method import DENSE, MOE, Method
 from metier.catalogue.options import config_class
 from metier.catalogue.tree import method_of
-from metier.config import RunConfig
+from metier.config import LORA_KEYS, RunConfig
 from metier.errors import ConfigError, MetierError, UnsupportedModelError
 from metier.methods.coverage import check_coverage
 from metier.methods.single_task import with_one_task
 from metier.methods.sparse_delta import SparseDeltaConfig, prepare
 from metier.methods.sparse_delta.masks.gradients import Batch
 from metier.models.encoder_decoder import is_encoder_decoder
+from metier.models.layers import index_of_owner
 from metier.models.load import first_line
 from metier.models.moe import is_dense
 from metier.models.parts import modules_of, part_paths
 
-_OF_A_RUN = ("lora_alpha", "lora_dropout")
+_OF_A_RUN = (*LORA_KEYS, "seed")
 """Options that are keys of a run themselves."""
 
 
@@ -72,7 +73,13 @@ def put_on(model: PreTrainedModel, config: RunConfig, batches: Iterable[Batch] =
         raise ConfigError(
             f"{method.name}: PEFT cannot put it on {type(model).__name__}: {first_line(error)}"
         ) from error
-    check_coverage(wrapped, parts, names_modules=names_modules, method=method.name)
+    # a sparse delta takes the best entries of all parts, which may be none of one of them
+    wanted = () if isinstance(made, SparseDeltaConfig) else parts
+    check_coverage(wrapped, wanted, names_modules=names_modules, method=method.name)
+    if method.optimizer == "lora_fa":
+        for name, parameter in wrapped.named_parameters():
+            if ".lora_A." in name:
+                parameter.requires_grad_(False)
     return with_one_task(wrapped)
 
 
@@ -106,16 +113,30 @@ def adapter_config(model: PreTrainedModel, config: RunConfig) -> peft.PeftConfig
     kind, parts = config_class(method), target_parts(method, config, model)
     known = {field.name for field in dataclasses.fields(kind)}
     options: dict[str, Any] = dict(method.defaults)
-    options |= {name: getattr(config, name) for name in _OF_A_RUN if name in known}
-    if "lora_alpha" in known and "r" in known:
+    options |= {name: getattr(config, name) for name in _OF_A_RUN if name in known and name not in method.defaults}
+    has_rank = "lora_alpha" in known and "r" in known and "r" not in method.defaults
+    if has_rank:
         options["r"] = _rank(config)
+    used = known | ({"lora_r"} if has_rank or method.name == "adalora" else set())
+    if unused := [name for name in config.lora_keys_set if name not in used or name in method.defaults]:
+        raise ConfigError(
+            f"{', '.join(unused)}: {method.name} has no such option. `metier methods {method.name}` shows its own."
+        )
     given = {name: value for name, value in config.method_options.items() if name in known}
+    _refuse_unprepared(method, given)
     if parts:
         options["target_modules"] = modules_of(model, parts)
+    elif method.targets and "target_modules" not in given:
+        raise UnsupportedModelError(
+            f"{method.name}: {type(model).__name__} has none of the parts that it usually goes on, "
+            f"{', '.join(method.targets)}. Name some of its {', '.join(part_paths(model))} by `targets`."
+        )
     if method.fill is not None:
         module, _, name = method.fill.partition(":")
         fill = getattr(importlib.import_module(module), name)
-        options |= fill(model, {**options, **given, "target_parts": parts})
+        options |= fill(model, {**options, **given, "target_parts": parts, "lora_r": config.lora_r})
+    if isinstance(options.get("target_modules"), list):
+        options["target_modules"] = _in_layers(options["target_modules"], given.get("layers_to_transform"))
     options |= given
     if "task_type" in known:
         options["task_type"] = "SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM"
@@ -125,6 +146,32 @@ def adapter_config(model: PreTrainedModel, config: RunConfig) -> peft.PeftConfig
         raise
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{method.name}: {first_line(error)}") from error
+
+
+def _in_layers(paths: list[str], layers: int | list[int] | None) -> list[str]:
+    """Modules of some decoder layers; PEFT itself passes over that option where it is given whole paths."""
+    if layers is None:
+        return paths
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    return [path for path in paths if index_of_owner(path) in wanted]
+
+
+_UNPREPARED = {
+    "init_lora_weights": ("eva", "corda", "lora_ga", "loftq"),
+    "use_asa": (True,),
+}
+
+
+def _refuse_unprepared(method: Method, given: Mapping[str, Any]) -> None:
+    """Raise a ConfigError for what PEFT has calls of its own for, without which it would do nothing."""
+    for name, values in _UNPREPARED.items():
+        if given.get(name) in values:
+            raise ConfigError(
+                f"{method.name}: {name}: {given[name]} needs calls of PEFT that a run does not make, and would do "
+                "nothing. Leave it out, or make the adapter with PEFT itself."
+            )
+    if given.get("monteclora_config") is not None:
+        raise ConfigError(f"{method.name}: monteclora_config adds to a loss that a run does not take. Leave it out.")
 
 
 def _rank(config: RunConfig) -> int:

@@ -53,7 +53,9 @@ def _part(path: str, module: nn.Module, experts: set[str], routers: set[str | No
     if not layer:
         return None
     names = path[layer[-1].end() :].strip(".").split(".")
-    if any("attn" in name or "attention" in name for name in names):
+    if any("attn" in name.lower() or "attention" in name.lower() for name in names) or (
+        names[0] == "mixer" and names[-1] in ("q_proj", "k_proj", "v_proj", "o_proj")
+    ):
         return "attention"
     if any(name in SHARED_GATE_NAMES for name in names):
         return "router"

@@ -13,6 +13,7 @@ import torch
 from rich.console import Group
 from transformers import PreTrainedConfig
 
+from metier.catalogue.tree import method_of
 from metier.config import RunConfig
 from metier.errors import ConfigError, MetierError, SelectionError, UnsupportedModelError
 from metier.methods.from_catalogue import NeedsWeightsError
@@ -248,6 +249,8 @@ def _as_method(config: RunConfig, method: str) -> RunConfig:
         foreign |= {name for name in defaults if name.startswith(("select", "train_", "top_p", "minus_general"))}
     if method == "full":
         foreign |= {"base_store", "base_format", "base_folder"}
+    if config.base_format == method_of(config.method).base_format:
+        foreign.add("base_format")
     reset = {name: defaults[name] for name in foreign if name in defaults}
     return changed(config, {"method": method, **reset})
 

@@ -14,7 +14,7 @@ from metier.evaluation.comparison.results import Row, over_tasks, rows_of
 from metier.evaluation.comparison.statistics import front
 from metier.reports import units
 from metier.reports.blocks import change_cell, metric_title, section, table
-from metier.reports.comparison_words import summary
+from metier.reports.comparison_words import peak_bytes, summary
 from metier.reports.html import page
 from metier.reports.markup import Child, Markup, join, tag
 from metier.reports.plots import Point, scatter
@@ -27,12 +27,6 @@ AXES: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
 )
 """Costs that a score is shown against: name, title, value."""
 _FRONT, _TIED, _OTHER = "#0b5cad", "#a8410b", "#5b6470"
-
-
-def peak_bytes(row: Row) -> float | None:
-    """Of the accelerator where there is one, else of the process."""
-    device = row.costs["device_peak_bytes"]
-    return row.costs["host_peak_bytes"] if device is None else device
 
 
 def _scaled(row: Row, name: str, unit: float) -> float | None:
@@ -120,15 +114,15 @@ def _rows_table(rows: Sequence[Row]) -> Markup:
         "method", metric_title(rows[0].metric), "gain", "% of full's", "forgetting, bits a byte", "tie with the best",
         "rate", "own rate", "score at it, one seed", "seeds",
     ]  # fmt: skip
-    body = [_row_cells(number, row) for number, row in enumerate(rows)]
+    body = [_row_cells(row) for row in rows]
     return table(head, body)
 
 
-def _row_cells(number: int, row: Row) -> list[Child]:
+def _row_cells(row: Row) -> list[Child]:
     edge = " (edge)" if row.is_at_edge else ""
     score = units.number(row.score.value, digits=1)
     return [
-        f"{number} {row.label}",
+        f"{row.number} {row.label}",
         join((score, tag("small", f" {row.score.low:.1f} to {row.score.high:.1f}", class_="interval"))),
         "" if row.is_base else units.signed(row.gain, digits=1),
         units.share(row.gain_share) if row.gain_share is not None else "",
@@ -147,14 +141,14 @@ def _costs_table(rows: Sequence[Row]) -> Markup:
         "KV cache",
     ]  # fmt: skip
     body: list[list[Child]] = []
-    for number, row in enumerate(rows):
+    for row in rows:
         if row.is_base:
             continue
         costs = row.costs
         longer = "nothing" if costs["added_latency"] is None else units.share(costs["added_latency"])
         body.append(
             [
-                f"{number} {row.label}",
+                f"{row.number} {row.label}",
                 units.count(costs["trained_parameters"]),
                 units.size(costs["delta_bytes"]),
                 units.size(peak_bytes(row)),
@@ -171,19 +165,18 @@ def _costs_table(rows: Sequence[Row]) -> Markup:
 def _charts(rows: Sequence[Row]) -> Markup:
     charts = []
     for _, title, value in AXES:
-        there = [(number, row, value(row)) for number, row in enumerate(rows) if not row.is_base]
-        known = [(number, row, float(cost)) for number, row, cost in there if cost is not None]
+        known = [(row, float(cost)) for row in rows if not row.is_base and (cost := value(row)) is not None]
         if not known:
             continue
-        best = set(front([(cost, row.score.value) for _, row, cost in known]))
+        best = set(front([(cost, row.score.value) for row, cost in known]))
         points = [
             Point(
-                name=str(number),
+                name=str(row.number),
                 x=(cost, cost, cost),
                 y=(row.score.value, row.score.low, row.score.high),
                 color=_FRONT if index in best else _TIED if row.is_tied_with_best else _OTHER,
             )
-            for index, (number, row, cost) in enumerate(known)
+            for index, (row, cost) in enumerate(known)
         ]
         charts.append(
             scatter(points, x_title=title, y_title=metric_title(rows[0].metric), label=f"Score against {title}.")

@@ -28,8 +28,8 @@ def draw(rows_by_task: Mapping[str, Sequence[Row]], axes: Sequence[Axis], path: 
     for line, (task, rows) in enumerate(rows_by_task.items()):
         for column, (_, title, value) in enumerate(axes):
             _panel(grid[line][column], rows, value, title, f"{task}: {metric_title(rows[0].metric)}")
-    first = next(iter(rows_by_task.values()))
-    labels = [f"{number} {row.label}" for number, row in enumerate(first) if not row.is_base]
+    named = {row.number: row.label for rows in rows_by_task.values() for row in rows if not row.is_base}
+    labels = [f"{number} {label}" for number, label in sorted(named.items())]
     figure.supxlabel("\n".join("   ".join(labels[start : start + 6]) for start in range(0, len(labels), 6)), fontsize=8)
     figure.savefig(path, dpi=90)
     plt.close(figure)
@@ -37,8 +37,7 @@ def draw(rows_by_task: Mapping[str, Sequence[Row]], axes: Sequence[Axis], path: 
 
 def _panel(axes: Axes, rows: Sequence[Row], value: Callable[[Row], float | None], title: str, name: str) -> None:
     base = next(row for row in rows if row.is_base)
-    there = [(number, row, value(row)) for number, row in enumerate(rows) if not row.is_base]
-    known = [(number, row, float(cost)) for number, row, cost in there if cost is not None]
+    known = [(row.number, row, float(cost)) for row in rows if not row.is_base and (cost := value(row)) is not None]
     axes.axhline(base.score.value, color="0.6", linewidth=1, linestyle=":")
     for number, row, cost in known:
         color = "#0b5cad" if row.is_tied_with_best else "#5b6470"

@@ -8,6 +8,12 @@ from metier.evaluation.comparison.results import Row
 from metier.reports import units
 
 
+def peak_bytes(row: Row) -> float | None:
+    """Of the accelerator where there is one, else of the process."""
+    device = row.costs["device_peak_bytes"]
+    return row.costs["host_peak_bytes"] if device is None else device
+
+
 def summary(rows: Sequence[Row]) -> list[str]:
     """Sentences on one task: who is ahead, who ties, what forgets least and costs least among those."""
     base = next(row for row in rows if row.is_base)
@@ -27,7 +33,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
     sentences += [
         _least(tied, "forgets least", lambda row: row.forgetting.value, lambda value: f"{value:+.3f} bits a byte"),
         _least(tied, "leaves the smallest delta", lambda row: row.costs["delta_bytes"], units.size),
-        _least(tied, "takes the least memory", lambda row: row.costs["host_peak_bytes"], units.size),
+        _least(tied, "takes the least memory", peak_bytes, units.size),
         _least(tied, "takes the shortest step", lambda row: row.costs["step_seconds"], units.duration),
     ]
     if base.is_tied_with_best:

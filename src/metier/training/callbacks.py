@@ -50,8 +50,8 @@ class CountTokens(TrainerCallback):
     TRL's own number is right for padded batches alone. This callback stands before those that use the number.
     """
 
-    def __init__(self) -> None:
-        self.num_tokens = 0
+    def __init__(self, *, num_passes: int = 1) -> None:
+        self._num_counted, self._num_passes = 0, num_passes
         self._hook: RemovableHandle | None = None
 
     def on_train_begin(
@@ -65,11 +65,16 @@ class CountTokens(TrainerCallback):
         assert model is not None, "the trainer passes its model to every callback"
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
+    @property
+    def num_tokens(self) -> int:
+        """Each once, however many passes there are over a batch."""
+        return self._num_counted // self._num_passes
+
     def _count(self, model: nn.Module, _: tuple[Any, ...], batch: dict[str, Any]) -> None:
         if model.training:
-            self.num_tokens += num_record_tokens(batch.get("attention_mask"), batch.get("position_ids"))
+            self._num_counted += num_record_tokens(batch.get("attention_mask"), batch.get("position_ids"))
             if "decoder_attention_mask" in batch:
-                self.num_tokens += int(batch["decoder_attention_mask"].sum())
+                self._num_counted += int(batch["decoder_attention_mask"].sum())
 
     def on_log(
         self,

@@ -5,8 +5,11 @@ The folder has `cell.json`, which says what to run; `result.json` appears in it 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -37,7 +40,6 @@ from metier.routing.controls import coldest_selection, random_selection
 from metier.routing.profile import profile
 from metier.routing.routing_profile import RoutingProfile
 from metier.routing.selection import ExpertSelection, expert_bytes, select
-from metier.training.callbacks import peak_memory_bytes
 from metier.training.folder import package_versions
 from metier.training.run import train
 
@@ -108,7 +110,7 @@ def _trained(spec: dict[str, Any], task: TaskSpec, folder: Path) -> tuple[Loaded
         "trained_parameters": result.plan.num_trained,
         "delta_bytes": sum(path.stat().st_size for path in weights),
         "device_peak_bytes": result.peak_memory_bytes if torch.cuda.is_available() else None,
-        "host_peak_bytes": _host_peak_bytes(),
+        "host_peak_bytes": _host_peak_bytes() if torch.cuda.is_available() else result.peak_memory_bytes,
         "train_seconds": result.train_seconds,
         "step_seconds": plan["measured"]["step_seconds"],
         "foreseen_peak_bytes": plan["predicted"].get("peak_memory_bytes"),
@@ -125,12 +127,20 @@ _SELECTING = (*POLICIES, "minus_general", "profile_until_stable")
 
 def _selection(config: RunConfig, experts: str, spec: dict[str, Any], task: TaskSpec) -> ExpertSelection:
     """By the task's profile, which all cells of the task share; or as many experts by chance, or the coldest."""
-    place = Path(spec["profiles"]) / Path(task.name).name
+    of = [spec["model"], config.dtype, str(task.splits["train"]), spec["profile_tokens"]]
+    digest = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:10]
+    place = Path(spec["profiles"]) / f"{Path(task.name).name}-{digest}"
     base = load(spec["model"], dtype=config.dtype)
     if not (place / "profile.json").exists():
         records = load_records(task.splits["train"])
         measured = profile(base.model, base.tokenizer, records, num_tokens=spec["profile_tokens"], max_length=512)
-        measured.save(place)
+        # whole or not at all, for another cell may be at it too
+        half = place.with_name(f"{place.name}.{os.getpid()}")
+        measured.save(half)
+        try:
+            half.rename(place)
+        except OSError:
+            shutil.rmtree(half)
     measured = RoutingProfile.load(place)
     wanted = selection_config(config)
     relevant = select(measured, wanted, expert_bytes=expert_bytes(base.model) if wanted.budget_bytes else None)
@@ -189,18 +199,19 @@ def _added_latency(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, t
     return median(ratios[1:]) - 1
 
 
-def _added_kv_bytes(model: PreTrainedModel) -> int:
-    """Of one sequence's KV cache: what virtual tokens take in it."""
+def _added_kv_bytes(model: PreTrainedModel) -> int | None:
+    """Of one sequence's KV cache: what virtual tokens take in it; None where a network beside has one of its own."""
     if not isinstance(model, PeftModel):
         return 0
     adapter = model.peft_config[model.active_adapter]
+    if adapter.peft_type in ("LADDER", "SHADOW"):
+        return None
     num_tokens = getattr(adapter, "num_virtual_tokens", None) or getattr(adapter, "num_prefix_tokens", None) or 0
     return num_tokens * kv_cache(model.config, dtype=model.dtype).token_bytes if num_tokens else 0
 
 
 def _host_peak_bytes() -> int | None:
-    if not torch.cuda.is_available():
-        return peak_memory_bytes()
+    """Of a process whose run is on an accelerator."""
     if not ProcessMemory.is_known():
         return None
     memory = ProcessMemory()
@@ -212,10 +223,7 @@ def _host_peak_bytes() -> int | None:
 
 def _remove_former(run: Path) -> None:
     """What a killed process has left of the same run."""
-    for path in sorted(run.rglob("*"), reverse=True) if run.exists() else ():
-        path.rmdir() if path.is_dir() else path.unlink()
-    if run.exists():
-        run.rmdir()
+    shutil.rmtree(run, ignore_errors=True)
 
 
 def _remove_weights(run: Path) -> None:

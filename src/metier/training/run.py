@@ -45,6 +45,7 @@ from metier.training.checkpoints import MarkCheckpoints, find_checkpoint, step_o
 from metier.training.folder import RunFolder, open_folder
 from metier.training.foresight import Foresight
 from metier.training.masks import batches_to_look_at, pruned
+from metier.training.procedures.chosen import check_procedure, passes_of
 from metier.training.report import write_run_report
 from metier.training.selecting import run_selection
 from metier.training.store_metrics import CountFrozen, CountRows
@@ -88,6 +89,7 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         selection_config(config)
     if config.method == "meft":
         meft_config(config)
+    check_procedure(config)
     if config.padding_free and method_of(config.method).is_prompt:
         raise ConfigError(
             f"padding_free: records that share a row have one beginning, before which {config.method} would put its "
@@ -147,7 +149,7 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         folder.checkpoints,
         eval_items=None if eval_items is None else eval_items.items,
         callbacks=[
-            CountTokens(),
+            CountTokens(num_passes=passes_of(config)),
             *([CountRows()] if config.method == "meft" else []),
             *([CountFrozen()] if config.has_frozen_base else []),
             times,

@@ -72,7 +72,9 @@ def test_the_better_half_runs_on_and_the_last_round_decides(tmp_path: Path, runn
     assert len(last["ranked"]) == 3
     assert content["best"] == last["ranked"][0][0] == "lora (r 4) at 0.01"
     run = load_run_config(best)
-    assert (run.method, run.method_options, run.learning_rate, run.max_steps) == ("lora", {"r": 4}, 0.01, 4)
+    # at full length, on records that are there
+    assert (run.method, run.method_options, run.learning_rate, run.max_steps) == ("lora", {"r": 4}, 0.01, None)
+    assert Path(run.dataset).exists()
 
 
 def test_what_does_not_fit_is_not_run(tmp_path: Path, runner) -> None:

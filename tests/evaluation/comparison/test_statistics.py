@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metier.evaluation.comparison.statistics import Seeds, differs, front, score_of
+from metier.evaluation.comparison.statistics import Seeds, differs, differs_from_one, front, score_of
 
 
 def seeds(items_SN: np.ndarray, shift: float = 0.0) -> Seeds:
@@ -35,11 +35,33 @@ def test_a_corpus_metric_keeps_its_own_value() -> None:
 
 
 def test_candidates_are_compared_on_the_same_items() -> None:
-    hard = np.random.default_rng(0).normal(50, 20, size=(1, 100))
+    hard = np.repeat(np.random.default_rng(0).normal(50, 20, size=(1, 100)), 3, axis=0)
     assert differs(seeds(hard), seeds(hard + 1))
     assert not differs(seeds(hard), seeds(hard))
-    other = np.random.default_rng(1).normal(51, 20, size=(1, 100))
+    other = np.repeat(np.random.default_rng(1).normal(51, 20, size=(1, 100)), 3, axis=0)
     assert not differs(seeds(hard), seeds(other))
+
+
+def test_one_seed_tells_no_two_candidates_apart() -> None:
+    hard = np.random.default_rng(0).normal(50, 20, size=(1, 100))
+    assert not differs(seeds(hard), seeds(hard + 10))
+    # what has no seeds to differ by may be told from it
+    assert differs_from_one(seeds(hard + 10), seeds(hard))
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3])
+def test_equal_candidates_are_seldom_told_apart_however_much_seeds_differ(num_seeds: int) -> None:
+    generator = np.random.default_rng(0)
+    false = 0
+    for _ in range(60):
+        items = generator.normal(50, 20, size=(1, 100))
+        one, two = (
+            seeds(items + generator.normal(0, 4, size=(num_seeds, 1)) + generator.normal(0, 10, size=(num_seeds, 100)))
+            for _ in range(2)
+        )
+        false += differs(one, two)
+    # 5% is what the interval says; 60 draws of it are seldom more than 7
+    assert false <= 7
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=30))

@@ -23,6 +23,10 @@ BASE, FULL = "untouched base", "full fine-tuning"
 Experts = Literal["relevant", "random", "coldest"]
 
 
+_OWN = {"model", "dataset", "output_dir", "seed", "minus_general", "profile_until_stable"}
+"""Keys of a run that a comparison sets for all, or that its one profile of a task leaves no room for."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
     """One line of a comparison: a method with its settings."""
@@ -76,7 +80,22 @@ class ComparisonConfig:
                 f"compare: learning_rate_factors must have 1, each candidate's own rate, got "
                 f"{list(self.learning_rate_factors)}."
             )
+        for name in ("test_items", "validation_items", "profile_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"compare: {name} must be a whole number of at least 1, got {value!r}.")
         for candidate in self.candidates:
+            taken = _OWN & {*self.run, *candidate.run}
+            if taken:
+                raise ConfigError(
+                    f"compare: {candidate.label}: {', '.join(sorted(taken))} of a run are the comparison's to say. "
+                    "Leave them out, or set model, tasks, seeds and profile_tokens of the comparison."
+                )
+            if candidate.experts != "relevant" and candidate.method not in ("esft", "expert_lora"):
+                raise ConfigError(
+                    f"compare: {candidate.label}: experts: {candidate.experts} goes with esft and expert_lora, which "
+                    f"select experts, and not with {candidate.method}. Leave it out."
+                )
             # each key is refused before a run begins
             self.run_config(candidate, self.tasks[0], candidate.learning_rate, self.seeds[0], Path("-"))
 

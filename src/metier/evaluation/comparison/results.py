@@ -12,7 +12,7 @@ import numpy as np
 
 from metier.evaluation.comparison.cells import Cell, Cells
 from metier.evaluation.comparison.config import BASE, Candidate
-from metier.evaluation.comparison.statistics import Seeds, differs, interval, score_of
+from metier.evaluation.comparison.statistics import Seeds, differs, differs_from_one, interval, score_of
 from metier.evaluation.result import Change
 
 COSTS = (
@@ -26,6 +26,8 @@ class Row:
     """One candidate on one task."""
 
     task: str
+    number: int
+    """In tables and pictures, the same for all tasks; 0 is the base."""
     label: str
     method: str | None
     metric: str
@@ -69,12 +71,15 @@ def rows_of(cells: Cells, task: str) -> list[Row]:
             found.append((candidate, there, best, None if default is None else default["test"]["score"]))
     seeds = [_seeds(runs) for _, runs, *_ in found]
     leading = max(range(len(found)), key=lambda index: seeds[index].mean)
+    # the base has no seeds to differ by
+    apart = [differs_from_one(seeds[leading], seeds[0]), *(differs(seeds[leading], one) for one in seeds[1:])]
     rows = [
-        _row(cells, task, candidate, runs, rate, default, base, seeds[index], not differs(seeds[leading], seeds[index]))
+        _row(cells, task, candidate, runs, rate, default, base, seeds[index], not apart[index])
         for index, (candidate, runs, rate, default) in enumerate(found)
     ]
     full = next((row for row in rows if row.method == "full"), None)
-    if full is None or full.gain <= 0:
+    if full is None or full.gain <= 0 or not differs_from_one(seeds[rows.index(full)], seeds[0]):
+        # a share of what may be nothing says nothing
         return rows
     return [dataclasses.replace(row, gain_share=None if row.is_base else row.gain / full.gain) for row in rows]
 
@@ -97,6 +102,7 @@ def _row(
     rates = [] if candidate is None else cells.rates(candidate)
     return Row(
         task=task,
+        number=0 if candidate is None else 1 + cells.config.candidates.index(candidate),
         label=BASE if candidate is None else candidate.label,
         method=None if candidate is None else candidate.method,
         metric=base["test"]["metric"],

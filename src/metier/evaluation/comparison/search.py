@@ -25,6 +25,7 @@ from metier.errors import ConfigError
 from metier.evaluation.comparison.cells import Cell, Cells
 from metier.evaluation.comparison.config import Candidate, ComparisonConfig
 from metier.evaluation.comparison.schedule import run_cells
+from metier.evaluation.tasks import load_task
 
 Fits = Callable[[RunConfig], str]
 """Why a run does not fit; "" where it does."""
@@ -57,6 +58,8 @@ class SearchConfig:
     def __post_init__(self) -> None:
         if not 0 < self.keep < 1:
             raise ConfigError(f"search: keep must be in (0, 1), got {self.keep}.")
+        if isinstance(self.places, str) or any(not isinstance(place, str) for place in self.places):
+            raise ConfigError(f"search: places must be a list of texts, got {self.places!r}.")
         if not self.methods or not self.rungs or list(self.rungs) != sorted(set(self.rungs)):
             raise ConfigError(f"search: needs methods, and rungs that rise, got {list(self.rungs)}.")
 
@@ -117,6 +120,8 @@ def load_search(path: str | Path) -> SearchConfig:
             raise ConfigError(f"{path}: unknown key '{key}'. {hint}")
     for name in ("methods", "places", "rungs"):
         if name in values:
+            if not isinstance(values[name], list):
+                raise ConfigError(f"{path}: {name} must be a list, got {values[name]!r}.")
             values[name] = tuple(values[name])
     return SearchConfig(**values)
 
@@ -161,9 +166,9 @@ def search(config: SearchConfig, fits: Fits, *, console: Console, num_jobs: int 
     root.mkdir(parents=True, exist_ok=True)
     content = {"config": dataclasses.asdict(config), "rounds": rounds, "left_out": left_out, "best": best.label}
     (root / "search.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    run = config.round([best], config.rungs[-1]).run_config(
-        best, config.task, best.learning_rate, config.seed, root / "best"
-    )
+    whole_run = dataclasses.replace(config.round([best], config.rungs[-1]), run=dict(config.run))
+    records = str(load_task(config.task).splits["train"])
+    run = whole_run.run_config(best, records, best.learning_rate, config.seed, root / "best")
     (root / "best.yaml").write_text(run.to_yaml(), encoding="utf-8")
     return root / "best.yaml"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import Trainer, TrainerCallback
 from transformers.utils import is_galore_torch_available
@@ -18,7 +18,7 @@ from metier.catalogue.tree import method_of
 from metier.config import RunConfig
 from metier.errors import ConfigError
 from metier.memory import RowAdamW
-from metier.training.procedures.adalora import AllocateRanks
+from metier.training.procedures.adalora import AllocateRanks, orthogonality
 from metier.training.procedures.lisa import Lisa
 from metier.training.procedures.mezo import Mezo, measure_by_forward_passes
 
@@ -50,10 +50,15 @@ def procedure_of(config: RunConfig, model: nn.Module) -> Procedure:
         case None:
             return Procedure(optimizer_class=_row_optimizer(config) if config.method == "meft" else None)
         case "adalora":
-            return Procedure(callbacks=[AllocateRanks()])
+            assert isinstance(model, PeftModel), "AdaLoRA is an adapter"
+            return Procedure(callbacks=[AllocateRanks()], after=partial(add_to_loss, term=orthogonality))
         case "lora_plus":
             assert isinstance(model, PeftModel), "LoRA+ is an adapter"
-            return Procedure(optimizer=create_loraplus_optimizer(model, AdamW, **rates, **options))
+            return Procedure(
+                optimizer=create_loraplus_optimizer(
+                    model, AdamW, lr=config.learning_rate, loraplus_weight_decay=config.weight_decay, **options
+                )
+            )
         case "lora_fa":
             assert isinstance(model, PeftModel), "LoRA-FA is an adapter"
             adapter = model.peft_config["default"]
@@ -70,12 +75,38 @@ def procedure_of(config: RunConfig, model: nn.Module) -> Procedure:
             lisa = Lisa(num_layers=options["lisa_layers"], interval=options["lisa_interval"], seed=config.seed)
             return Procedure(callbacks=[lisa])
         case "auxiliary_loss":
-            return Procedure(after=partial(add_to_loss, name="auxiliary_loss"))
+            return Procedure(after=partial(add_to_loss, term=lambda tuner: tuner.auxiliary_loss()))
         case "diff_pruning":
-            return Procedure(after=partial(add_to_loss, name="penalty"))
+            return Procedure(after=partial(add_to_loss, term=lambda tuner: tuner.penalty()))
         case "own_loss":
             return Procedure(after=use_own_loss, has_own_loss=True)
     raise AssertionError(f"{method.name}: no procedure is called {method.optimizer!r}")
+
+
+_LEAST: dict[str, float] = {
+    "mezo_directions": 1, "lisa_layers": 1, "lisa_interval": 1, "rank": 1, "update_proj_gap": 1, "mask_records": 1,
+}  # fmt: skip
+_POSITIVE = ("mezo_epsilon", "scale", "loraplus_lr_ratio")
+
+
+def check_procedure(config: RunConfig) -> None:
+    """Raise a ConfigError for options of a procedure that are out of range, before anything is loaded."""
+    for name, value in _given(config).items():
+        if name in _LEAST and value < _LEAST[name]:
+            raise ConfigError(f"{name}: must be at least {_LEAST[name]:g}, got {value}.")
+        if name in _POSITIVE and not value > 0:
+            raise ConfigError(f"{name}: must be greater than 0, got {value}.")
+        if name == "density" and not 0 < value <= 1:
+            raise ConfigError(f"density: must be in (0, 1], got {value}.")
+
+
+def passes_of(config: RunConfig) -> int:
+    """Forward passes over each batch."""
+    method = method_of(config.method)
+    if method.optimizer != "mezo":
+        return 1
+    directions: int = {**method.procedure_options, **_given(config)}["mezo_directions"]
+    return 2 * directions
 
 
 def use_own_loss(trainer: Trainer) -> None:
@@ -86,14 +117,14 @@ def use_own_loss(trainer: Trainer) -> None:
     ) -> Any:
         outputs = model(**inputs, use_cache=False)
         # the trainer divides by the number of batches only where it does not count items
-        loss = outputs.loss / trainer.current_gradient_accumulation_steps
+        loss = outputs.loss / (trainer.current_gradient_accumulation_steps if model.training else 1)
         return (loss, outputs) if return_outputs else loss
 
     trainer.compute_loss = compute_loss
 
 
-def add_to_loss(trainer: Trainer, *, name: str) -> None:
-    """Add what the adapter's tuner asks for by a method of that name, such as that its routers share out their tokens.
+def add_to_loss(trainer: Trainer, *, term: Callable[[Any], Tensor]) -> None:
+    """Add a term of the adapter's tuner, such as that its routers share out their tokens.
 
     It is a mean over a batch, so that over several batches of a step it is their mean.
     """
@@ -106,7 +137,7 @@ def add_to_loss(trainer: Trainer, *, name: str) -> None:
         if not model.training:
             return found
         tuner: Any = trainer.accelerator.unwrap_model(model).base_model
-        added = getattr(tuner, name)() / trainer.current_gradient_accumulation_steps
+        added = term(tuner) / trainer.current_gradient_accumulation_steps
         return (found[0] + added, found[1]) if return_outputs else found + added
 
     trainer.compute_loss = compute_loss
