@@ -1,0 +1,127 @@
+"""Verbs of a run: the demo, train, plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from metier.cli.app import app, show
+from metier.config import RunConfig
+from metier.config_reading import describe_fields, load_run_config
+
+RUN_KEYS = "\n\n".join(
+    ["The keys of a run, in the YAML file or as options (--key value):"]
+    + [f"{name}: {meaning} [{kind}; {default}]" for name, kind, default, meaning in describe_fields()]
+)
+
+
+@app.command()
+def demo(
+    task: Annotated[str, typer.Argument(help="The embedded task: sections, synopsis or translate.")] = "synopsis",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.")] = Path("runs/demo"),
+    baselines: Annotated[bool, typer.Option(help="Train full fine-tuning and LoRA too, to compare.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the data's order.")] = 0,
+) -> None:
+    """Run the whole walk on the embedded model: profile, select, train, evaluate, report."""
+    from metier.training.demo import run_demo
+
+    run_demo(task, output, baselines, seed)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, epilog=RUN_KEYS)
+def train(
+    context: typer.Context,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN.YAML]", help="YAML file of a run's keys.")] = None,
+    preview: Annotated[bool, typer.Option("--preview", help="Show what is trained on, and stop.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Train even what cannot fit into memory.")] = False,
+) -> None:
+    """Train a model on a task; every key of the run's file is also an option."""
+    config = _run_config(context, run)
+    if preview:
+        _preview(config)
+        return
+    from metier.training.run import train as train_run
+
+    train_run(config, force=force)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, epilog=RUN_KEYS)
+def plan(
+    context: typer.Context,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN.YAML]", help="YAML file of a run's keys.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Instead of the run's own: one, several (esft,lora,full) or all.")
+    ] = None,
+    device_memory: Annotated[str | None, typer.Option(help="Such as 24GiB; this machine's if not given.")] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="Beside the device's; without either, device and host are one memory.")
+    ] = None,
+    labelled_share: Annotated[float, typer.Option(help="Of a batch's tokens, those that have a loss.")] = 0.5,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as JSON, too.")] = None,
+    chart: Annotated[Path | None, typer.Option(help="Draw memory by kind: a .png or .html file.")] = None,
+    device: Annotated[str | None, typer.Option(help="An accelerator to plan for, such as rtx-4090.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Folder of a routing profile of the data.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Learn from the runs in --runs; without any, measure this machine anew.")
+    ] = False,
+    runs: Annotated[Path, typer.Option(help="Folder of former runs, for --calibrate.")] = Path("runs"),
+) -> None:
+    """Say what a run will take before it starts, from the model's configuration alone.
+
+    A config.json, or a folder with one, is enough for --model; no data are read. With --calibrate alone nothing is
+    planned.
+    """
+    if calibrate:
+        from metier.errors import ConfigError
+        from metier.planning.learning import calibrate as learn
+
+        is_alone = run is None and not context.args
+        of_a_plan = (method, device_memory, host_memory, output, chart, device, profile)
+        if is_alone and any(option is not None for option in of_a_plan):
+            raise ConfigError("plan: --calibrate without a run plans nothing. Name the run, or its --model.")
+        show(learn(runs))
+        if is_alone:
+            return
+    config = _run_config(context, run, not_needed={"dataset": "-", "output_dir": "-"})
+    from metier.planning.plan import METHODS
+    from metier.planning.plan import plan as plan_runs
+    from metier.reports.plan import check_chart, save_chart
+    from metier.routing.routing_profile import RoutingProfile
+
+    if chart is not None:
+        check_chart(chart)
+    chosen = None if method is None else list(METHODS) if method == "all" else method.split(",")
+    made = plan_runs(
+        config,
+        methods=chosen,
+        device_memory=device_memory,
+        host_memory=host_memory,
+        labelled_share=labelled_share,
+        device=device,
+        profile=None if profile is None else RoutingProfile.load(profile),
+    )
+    show(made)
+    if output is not None:
+        made.save(output)
+    if chart is not None:
+        save_chart(made, chart)
+
+
+def _run_config(context: typer.Context, run: str | None, **options: Any) -> RunConfig:
+    """A run's file and the options that go before it."""
+    # Options that typer does not know are left in order: without a file the first of them lands in `run`.
+    tokens = [*([run] if run else []), *context.args]
+    path = tokens.pop(0) if tokens and not tokens[0].startswith("--") else None
+    return load_run_config(path, tokens, **options)
+
+
+def _preview(config: RunConfig) -> None:
+    from metier.data.preview import preview
+    from metier.data.records import load_records
+    from metier.training.run import encode_for, load_base
+
+    records = load_records(config.dataset)
+    loaded = load_base(config)
+    show(preview(encode_for(loaded, records, config), loaded.tokenizer))
