@@ -43,7 +43,7 @@ def _config(method: str, folder: Path, *, checkpointing: bool, bf16: bool = Fals
         dataset="d",
         output_dir=str(folder),
         method=method,
-        lora_r=4,
+        **({"lora_r": 4} if "lora" in method else {}),
         meft_r=256,
         dtype="float32",
         gradient_checkpointing=checkpointing,

@@ -14,7 +14,7 @@ from rich.console import Group
 from transformers import PreTrainedConfig
 
 from metier.catalogue.tree import method_of
-from metier.config import RunConfig
+from metier.config import LORA_KEYS, RunConfig
 from metier.errors import ConfigError, MetierError, SelectionError, UnsupportedModelError
 from metier.methods.from_catalogue import NeedsWeightsError
 from metier.models.load import ignore_renamed_options
@@ -251,7 +251,11 @@ def _as_method(config: RunConfig, method: str) -> RunConfig:
         foreign |= {"base_store", "base_format", "base_folder"}
     if config.base_format == method_of(config.method).base_format:
         foreign.add("base_format")
+    if method_of(method).config is None and method != "expert_lora":
+        foreign |= set(LORA_KEYS)
     reset = {name: defaults[name] for name in foreign if name in defaults}
+    if method != config.method:
+        reset |= {"method_options": {}, "targets": None}
     return changed(config, {"method": method, **reset})
 
 
