@@ -433,10 +433,10 @@ def test_the_room_of_rows_gradients_stays_from_step_to_step(base, store, has_hos
     assert often.device_bytes["gradients"] == often.state.gradient_bytes - (1 - kept) * one.state.row_bytes
 
 
-def test_what_only_another_method_has_is_left_out_of_its_row(tmp_path: Path) -> None:
-    run = dataclasses.replace(
-        _run(tmp_path), method="lora", lora_r=4, targets="attention", method_options={"use_rslora": True}
-    )
+def test_what_only_another_method_has_is_left_out_of_its_row(base):
+    of_lora = {"lora_r": 4, "targets": "attention", "method_options": {"use_rslora": True}}
+    run = _run(base, method="lora", **of_lora)
     made = plan(run, methods=("lora", "full", "esft"), device_memory="8GiB")
     assert [row.verdict for row in made.rows] == ["yes"] * 3
     assert [row.config.method_options for row in made.rows] == [{"use_rslora": True}, {}, {}]
+    assert [row.config.lora_r for row in made.rows] == [4, 8, 8]
