@@ -241,6 +241,12 @@ class RunConfig:
             raise ConfigError("targets and target_modules both say where the method goes. Leave one of them out.")
 
     @property
+    def procedure_options(self) -> dict[str, Any]:
+        """Options of the method's training procedure, those that the run sets in place of their defaults."""
+        defaults = method_of(self.method).procedure_options
+        return {name: self.method_options.get(name, default) for name, default in defaults.items()}
+
+    @property
     def lora_keys_set(self) -> tuple[str, ...]:
         """Keys of LoRAs that are not at their defaults."""
         fields = {one.name: one.default for one in dataclasses.fields(self)}

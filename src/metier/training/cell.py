@@ -12,7 +12,6 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +26,7 @@ from metier.config_reading import run_config_of
 from metier.data.records import load_records
 from metier.errors import ConfigError
 from metier.evaluation.comparison.cells import RESULT, SPEC
-from metier.evaluation.comparison.config import BASE
+from metier.evaluation.comparison.config import BASE, run_values
 from metier.evaluation.evaluate import evaluate
 from metier.evaluation.generate import encode_prompts
 from metier.evaluation.tasks import TaskSpec, load_task
@@ -84,16 +83,12 @@ def _trained(spec: dict[str, Any], task: TaskSpec, folder: Path) -> tuple[Loaded
     if "train" not in task.splits:
         raise ConfigError(f"task {task.name!r}: has no split `train`, which a comparison trains on.")
     candidate, run = spec["candidate"], folder / "run"
-    values = {
-        **spec["run"],
-        **candidate["run"],
-        "model": spec["model"],
-        "dataset": str(task.splits["train"]),
-        "output_dir": str(run),
-        "method": candidate["method"],
-        "learning_rate": candidate["learning_rate"],
-        "seed": spec["cell"]["seed"],
-    }
+    values = run_values(
+        {**spec["run"], "model": spec["model"]},
+        {**candidate, "seed": spec["cell"]["seed"]},
+        task=str(task.splits["train"]),
+        folder=run,
+    )
     config = run_config_of(values, where=f"compare: {candidate['label']}")
     if selects_experts(config) and config.selection is None:
         selection = _selection(config, candidate["experts"], spec, task)
@@ -232,9 +227,5 @@ def _remove_weights(run: Path) -> None:
         path.unlink()
 
 
-def main(arguments: Mapping[int, str] | list[str]) -> None:
-    run_cell(Path(arguments[1]))
-
-
 if __name__ == "__main__":
-    main(sys.argv)
+    run_cell(Path(sys.argv[1]))

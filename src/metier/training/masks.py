@@ -20,9 +20,7 @@ def batches_to_look_at(
     items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, config: RunConfig
 ) -> Iterator[dict[str, Any]]:
     """Batches of the run's records, drawn by its seed: `mask_records` of them in all; none where nothing looks."""
-    num_records = config.method_options.get(
-        "mask_records", method_of(config.method).procedure_options.get("mask_records", 0)
-    )
+    num_records = config.procedure_options.get("mask_records", 0)
     generator = torch.Generator().manual_seed(config.seed)
     chosen = torch.randperm(len(items), generator=generator)[:num_records].tolist()
     collate, size = Collator(int(tokenizer.pad_token_id)), config.per_device_train_batch_size
@@ -34,10 +32,8 @@ def batches_to_look_at(
 
 def pruned(model: PreTrainedModel | PeftModel, config: RunConfig) -> PreTrainedModel | PeftModel:
     """After diff pruning the sparse delta of its largest differences; any other model as it is."""
-    method = method_of(config.method)
-    if method.optimizer != "diff_pruning":
+    if method_of(config.method).optimizer != "diff_pruning":
         return model
     assert isinstance(model, PeftModel), "diff pruning is an adapter"
-    density = config.method_options.get("density", method.procedure_options["density"])
-    sparse: PeftModel = prune(model, density=density)
+    sparse: PeftModel = prune(model, density=config.procedure_options["density"])
     return sparse

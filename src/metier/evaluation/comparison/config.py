@@ -99,21 +99,10 @@ class ComparisonConfig:
             # each key is refused before a run begins
             self.run_config(candidate, self.tasks[0], candidate.learning_rate, self.seeds[0], Path("-"))
 
-    def run_config(
-        self, candidate: Candidate, task: str, learning_rate: float, seed: int, folder: Path, **changes: Any
-    ) -> RunConfig:
+    def run_config(self, candidate: Candidate, task: str, learning_rate: float, seed: int, folder: Path) -> RunConfig:
         """One run of a candidate, in `folder`; its data set is the task's name until the run finds it."""
-        values = {
-            **self.run,
-            **candidate.run,
-            "model": self.model,
-            "dataset": task,
-            "output_dir": str(folder),
-            "method": candidate.method,
-            "learning_rate": learning_rate,
-            "seed": seed,
-            **changes,
-        }
+        own = {**dataclasses.asdict(candidate), "learning_rate": learning_rate, "seed": seed}
+        values = run_values({**self.run, "model": self.model}, own, task=task, folder=folder)
         return run_config_of(values, where=f"compare: {candidate.label}")
 
     def as_dict(self) -> dict[str, Any]:
@@ -127,15 +116,12 @@ def load_comparison(path: str | Path) -> ComparisonConfig:
     Raises:
         ConfigError: it cannot be read, a key is unknown (names the nearest), missing or of a wrong type.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML ({error}). Give a comparison's file.") from error
+    values = read_yaml(path, what="a comparison's file")
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines at the top level.")
     values["candidates"] = tuple(_candidate(path, number, one) for number, one in enumerate(values.pop("methods", ())))
     known = [item.name for item in dataclasses.fields(ComparisonConfig)]
-    _check_keys(str(path), values, known)
+    check_keys(path, values, [*known, "methods"])
     missing = [name for name in ("output_dir", "model", "tasks") if name not in values]
     if missing:
         raise ConfigError(f"{path}: missing {', '.join(missing)}. Add what is missing.")
@@ -147,6 +133,19 @@ def load_comparison(path: str | Path) -> ComparisonConfig:
     if "full_learning_rate" in values:
         values["full_learning_rate"] = _number(f"{path}: full_learning_rate", values["full_learning_rate"], float)
     return with_full(ComparisonConfig(**values))
+
+
+def run_values(run: Mapping[str, Any], candidate: Mapping[str, Any], *, task: str, folder: Path) -> dict[str, Any]:
+    """Keys of a candidate's run: those of every run, then its own.
+
+    Args:
+        run: keys of every run, the model among them.
+        candidate: a `Candidate` as a dictionary, with the `seed` of the run.
+        task: the data set.
+        folder: of the run.
+    """
+    own = {name: candidate[name] for name in ("method", "learning_rate", "seed")}
+    return {**run, **candidate["run"], **own, "dataset": task, "output_dir": str(folder)}
 
 
 def with_full(config: ComparisonConfig) -> ComparisonConfig:
@@ -183,9 +182,22 @@ def _number(where: str, value: object, kind: type) -> Any:
         raise ConfigError(f"{where} must be {kind.__name__}, got {value!r}.") from None
 
 
-def _check_keys(where: str, values: Mapping[str, Any], known: list[str]) -> None:
+def read_yaml(path: str | Path, *, what: str) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        ConfigError: it cannot be read; `what` says which file is wanted.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({error}). Give {what}.") from error
+
+
+def check_keys(path: str | Path, values: Mapping[str, Any], known: list[str]) -> None:
+    """Raise a ConfigError for a key that is none of those known; names the nearest."""
     for key in values:
         if key not in known:
-            nearest = difflib.get_close_matches(key, [*known, "methods"], n=1)
-            hint = f"Did you mean '{nearest[0]}'?" if nearest else f"The keys are: {', '.join(known)}, methods."
-            raise ConfigError(f"{where}: unknown key '{key}'. {hint}")
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f"Did you mean '{nearest[0]}'?" if nearest else f"The keys are: {', '.join(known)}."
+            raise ConfigError(f"{path}: unknown key '{key}'. {hint}")

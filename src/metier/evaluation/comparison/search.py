@@ -8,7 +8,6 @@ planner says before anything runs which candidates fit; successive halving (arXi
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,14 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from metier.catalogue.tree import method_of
 from metier.config import RunConfig
 from metier.errors import ConfigError
 from metier.evaluation.comparison.cells import Cell, Cells
-from metier.evaluation.comparison.config import Candidate, ComparisonConfig
+from metier.evaluation.comparison.config import Candidate, ComparisonConfig, check_keys, read_yaml
 from metier.evaluation.comparison.schedule import run_cells
 from metier.evaluation.tasks import load_task
 
@@ -105,19 +103,12 @@ def load_search(path: str | Path) -> SearchConfig:
     Raises:
         ConfigError: it cannot be read, or a key is unknown or missing.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML ({error}). Give a search's file.") from error
+    values = read_yaml(path, what="a search's file")
     known = [item.name for item in dataclasses.fields(SearchConfig)]
     needed = ("output_dir", "model", "task", "methods")
     if not isinstance(values, dict) or any(name not in values for name in needed):
         raise ConfigError(f"{path}: expected keys {', '.join(needed)}, and perhaps {', '.join(known[4:])}.")
-    for key in values:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean '{nearest[0]}'?" if nearest else f"The keys are: {', '.join(known)}."
-            raise ConfigError(f"{path}: unknown key '{key}'. {hint}")
+    check_keys(path, values, known)
     for name in ("methods", "places", "rungs"):
         if name in values:
             if not isinstance(values[name], list):

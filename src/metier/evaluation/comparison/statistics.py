@@ -81,10 +81,9 @@ def differs(first: Seeds, second: Seeds) -> bool:
 
     One seed says nothing of others, so that two candidates of which one has a single seed are not told apart.
     """
-    if first is not second and min(len(first.values), len(second.values)) < 2:
+    if min(len(first.values), len(second.values)) < 2:
         return False
-    low, high = np.percentile(first.resampled() - second.resampled(), [2.5, 97.5])
-    return bool(low > 0 or high < 0)
+    return differs_from_one(first, second)
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -1,7 +1,5 @@
 """Sparse deltas: training chosen entries of a model's own parameters alone, the selective branch of the survey."""
 
-import peft  # noqa: F401  before `peft_types`: the first import of peft registers all methods, which import that
-
 from metier.methods.peft_types import MetierPeftType, register
 from metier.methods.sparse_delta.choose import choose_entries, prepare
 from metier.methods.sparse_delta.config import SparseDeltaConfig

@@ -44,7 +44,7 @@ def procedure_of(config: RunConfig, model: nn.Module) -> Procedure:
         ConfigError: an option of the procedure that it cannot have, or a package that it needs and that is missing.
     """
     method = method_of(config.method)
-    options = {**method.procedure_options, **_given(config)}
+    options = config.procedure_options
     rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     match method.optimizer:
         case None:
@@ -91,7 +91,7 @@ _POSITIVE = ("mezo_epsilon", "scale", "loraplus_lr_ratio")
 
 def check_procedure(config: RunConfig) -> None:
     """Raise a ConfigError for options of a procedure that are out of range, before anything is loaded."""
-    for name, value in _given(config).items():
+    for name, value in config.procedure_options.items():
         if name in _LEAST and value < _LEAST[name]:
             raise ConfigError(f"{name}: must be at least {_LEAST[name]:g}, got {value}.")
         if name in _POSITIVE and not value > 0:
@@ -102,11 +102,8 @@ def check_procedure(config: RunConfig) -> None:
 
 def passes_of(config: RunConfig) -> int:
     """Forward passes over each batch."""
-    method = method_of(config.method)
-    if method.optimizer != "mezo":
-        return 1
-    directions: int = {**method.procedure_options, **_given(config)}["mezo_directions"]
-    return 2 * directions
+    directions: int | None = config.procedure_options.get("mezo_directions")
+    return 1 if directions is None else 2 * directions
 
 
 def use_own_loss(trainer: Trainer) -> None:
@@ -141,12 +138,6 @@ def add_to_loss(trainer: Trainer, *, term: Callable[[Any], Tensor]) -> None:
         return (found[0] + added, found[1]) if return_outputs else found + added
 
     trainer.compute_loss = compute_loss
-
-
-def _given(config: RunConfig) -> dict[str, Any]:
-    """Of the method's options those that its procedure has."""
-    known = method_of(config.method).procedure_options
-    return {name: value for name, value in config.method_options.items() if name in known}
 
 
 def _galore(options: dict[str, Any]) -> dict[str, Any]:
