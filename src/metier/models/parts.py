@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import nn
 
 from metier.errors import UnsupportedModelError
+from metier.models.base_parameters import base_modules
 from metier.models.moe import is_dense, moe_layers
 from metier.models.spellings import LAYER_INDEX, OTHER_MODALITY, SHARED_EXPERTS_NAMES, SHARED_GATE_NAMES
-from metier.models.unwrap import bare_model, original_module
+from metier.models.unwrap import bare_model
 
 PARTS = ("attention", "dense", "shared", "routed", "router", "norms")
 """Attention, a dense feed-forward block, shared experts, routed experts, the router, the norms."""
@@ -25,19 +24,11 @@ def part_paths(model: nn.Module) -> dict[str, list[str]]:
     layers = [] if is_dense(bare) else moe_layers(bare)
     experts, routers = {layer.path for layer in layers}, {layer.router_path for layer in layers}
     found: dict[str, list[str]] = {part: [] for part in PARTS}
-    for path, module in _base_modules(bare):
+    for path, module in base_modules(bare):
         part = None if OTHER_MODALITY.search(path) else _part(path, module, experts, routers)
         if part is not None:
             found[part].append(path)
     return {part: paths for part, paths in found.items() if paths}
-
-
-def _base_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The base's own modules by their paths, whatever adapters are around or inside them."""
-    for name, child in module.named_children():
-        own = original_module(child)
-        yield f"{prefix}{name}", own
-        yield from _base_modules(own, f"{prefix}{name}.")
 
 
 def _part(path: str, module: nn.Module, experts: set[str], routers: set[str | None]) -> str | None:

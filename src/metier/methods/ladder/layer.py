@@ -5,14 +5,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from metier.errors import DeltaError, UnsupportedModelError
+from metier.errors import UnsupportedModelError
+from metier.methods.block_layer import BlockLayer
 from metier.methods.ladder.climb import Ladder
 from metier.methods.ladder.config import LadderConfig
 from metier.methods.ladder.side import SideHead, SideRung
@@ -23,16 +22,14 @@ CANNOT_MERGE = (
 )
 
 
-class LadderPart(nn.Module, BaseTunerLayer):
+class LadderPart(BlockLayer):
     """Stands in a model for one of a decoder's modules, which it keeps as `base_layer`; abstract."""
 
-    other_param_names = ("configs",)
+    cannot_merge = CANNOT_MERGE
 
     def __init__(self, base_layer: nn.Module, path: str, hidden_size: int, ladder: Ladder) -> None:
-        super().__init__()
-        self.base_layer, self.path, self.hidden_size, self.ladder = base_layer, path, hidden_size, ladder
-        self.configs: dict[str, LadderConfig] = {}
-        self.merged_adapters: list[str] = []
+        super().__init__(base_layer, path)
+        self.hidden_size, self.ladder = hidden_size, ladder
 
     def __getattr__(self, name: str) -> Any:
         """What a model asks of a layer without calling it (which kind of attention it has, say) the base answers."""
@@ -43,11 +40,6 @@ class LadderPart(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
-    @property
-    def adapter_names(self) -> Collection[str]:
-        """The adapters that stand here."""
-        return self.configs.keys()
-
     @abstractmethod
     def _add(self, adapter_name: str, config: LadderConfig) -> None:
         """Make an adapter's part of the side network."""
@@ -56,22 +48,12 @@ class LadderPart(nn.Module, BaseTunerLayer):
         """Add an adapter which changes nothing yet."""
         self._add(adapter_name, config)
         self.configs[adapter_name] = config
-        device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
+        device = self.base_device()
         for parts in (getattr(self, name) for name in self.adapter_layer_names):
             # made on the meta device where PEFT is about to load its values
             if adapter_name in parts and not any(p.is_meta for p in parts[adapter_name].parameters()):
                 parts[adapter_name].to(device)
-        BaseTunerLayer.set_adapter(self, BaseTunerLayer.active_adapters.fget(self))
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise DeltaError(f"{self.path}: {CANNOT_MERGE}")
-
-    def unmerge(self) -> None:
-        """Nothing is ever merged."""
-
-    def _active(self) -> list[str]:
-        active: list[str] = BaseTunerLayer.active_adapters.fget(self)
-        return [] if self.disable_adapters else [name for name in active if name in self.configs]
+        self.set_gradients()
 
     def _check_hidden(self, hidden: Any) -> None:
         shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else None
@@ -94,7 +76,7 @@ class LadderLayer(LadderPart):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer that it stands for; the output has no part in autograd while a ladder is active."""
-        names = self._active()
+        names = self.answering()
         if not names:
             return self.base_layer(*args, **kwargs)
         with torch.no_grad():
@@ -129,7 +111,7 @@ class LadderTop(LadderPart):
         self.ladder_head = nn.ModuleDict()
 
     def forward(self, hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
-        names, sides = self._active(), self.ladder.end()
+        names, sides = self.answering(), self.ladder.end()
         if names:
             self._check_hidden(hidden_BTD)
             hidden_BTD = hidden_BTD.detach()

@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from peft import PeftConfig
-from torch import Tensor, nn
+from torch import nn
 
 from metier.errors import ConfigError
-from metier.methods.checked_state import check_state
 from metier.methods.ladder.climb import Ladder
 from metier.methods.ladder.layer import CANNOT_MERGE, LadderLayer, LadderPart, LadderTop
-from metier.methods.module_tuner import ModuleTuner
+from metier.methods.parameter_tuner import ParameterTuner
 from metier.models.decoder import DecoderParts, decoder_parts
 from metier.models.feed_forward import hidden_size_of
 
 
-class LadderModel(ModuleTuner):
+class LadderModel(ParameterTuner):
     """A model with ladders beside it. Made by `peft.get_peft_model(model, LadderConfig(reduction=8))`.
 
     Any decoder of transformers whose layers hand on one hidden state, dense or MoE: a layer is looked at as a whole,
@@ -81,13 +80,3 @@ class LadderModel(ModuleTuner):
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
         ladder.leave()
         return unloaded
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """What PEFT loads: all of the adapter, or nothing."""
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        return check_state(model, LadderPart, adapter_name, remapped)

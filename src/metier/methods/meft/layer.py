@@ -4,18 +4,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metier.errors import DeltaError
 from metier.memory.row_store import RowStore
 from metier.memory.step_gradients import StepGradients
+from metier.methods.block_layer import BlockLayer, block_output, with_output
 from metier.methods.meft.config import MeftConfig
 from metier.methods.meft.defaults import KEY_STD, router_scale
 from metier.methods.meft.sparse_rows import chosen_rows, sparse_rows
@@ -26,7 +24,7 @@ CANNOT_MERGE = (
 )
 
 
-class MeftLayer(nn.Module, BaseTunerLayer):
+class MeftLayer(BlockLayer):
     """Stands in a model for a feed-forward block, which it keeps as `base_layer`, and adds the adapters' outputs.
 
     An adapter's router is the parameter `meft_router.<adapter>` of shape (N, D). Its rows are no parameters: they lie
@@ -35,25 +33,18 @@ class MeftLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("meft_router", "meft_gradients")
     other_param_names = ("stores", "configs")
+    cannot_merge = CANNOT_MERGE
 
     def __init__(self, base_layer: nn.Module, path: str, hidden_size: int, *, num_layers: int = 1) -> None:
-        super().__init__()
-        self.base_layer, self.path, self.hidden_size = base_layer, path, hidden_size
-        self.num_layers = num_layers
+        super().__init__(base_layer, path)
+        self.hidden_size, self.num_layers = hidden_size, num_layers
         self.meft_router, self.meft_gradients = nn.ParameterDict(), nn.ParameterDict()
         self.stores: dict[str, RowStore] = {}
-        self.configs: dict[str, MeftConfig] = {}
-        self.merged_adapters: list[str] = []
-
-    @property
-    def adapter_names(self) -> Collection[str]:
-        """The adapters that stand here."""
-        return self.stores.keys()
 
     def update_layer(self, adapter_name: str, config: MeftConfig) -> None:
         """Add an adapter whose values are 0, so that it changes nothing yet."""
         sizes = config.sizes
-        base_device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
+        base_device = self.base_device()
         made_on = torch.device("meta" if base_device.type == "meta" else "cpu")
         folder = None if config.store_folder is None else Path(config.store_folder) / adapter_name
         store = RowStore(
@@ -77,20 +68,18 @@ class MeftLayer(nn.Module, BaseTunerLayer):
         self.stores[adapter_name], self.configs[adapter_name] = store, config
         self.meft_router[adapter_name] = nn.Parameter(router_ND.to(base_device))
         self.meft_gradients[adapter_name] = StepGradients(store).holder
-        BaseTunerLayer.set_adapter(self, BaseTunerLayer.active_adapters.fget(self))
+        self.set_gradients()
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the block that it stands for; where that returns a tuple, the adapters' outputs are added to its first."""
         out = self.base_layer(hidden, *args, **kwargs)
-        active: list[str] = BaseTunerLayer.active_adapters.fget(self)
-        names = [] if self.disable_adapters else [name for name in active if name in self.stores]
+        names = self.answering()
         if not names:
             return out
         hidden_TD = hidden.reshape(-1, self.hidden_size)
         added_TD = sum((self.added(name, hidden_TD) for name in names[1:]), start=self.added(names[0], hidden_TD))
-        first = out[0] if isinstance(out, tuple) else out
-        total = first + added_TD.view(first.shape).to(first.dtype)
-        return (total, *out[1:]) if isinstance(out, tuple) else total
+        first = block_output(out)
+        return with_output(out, first + added_TD.view(first.shape).to(first.dtype))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def added(self, adapter_name: str, hidden_TD: Tensor) -> Tensor:
@@ -110,9 +99,3 @@ class MeftLayer(nn.Module, BaseTunerLayer):
         gradients = self.meft_gradients[adapter_name].step_gradients
         out_TD = sparse_rows(hidden_TD, key_experts_TK, gate, gradients, top_k=sizes.top_k, chosen_NM=chosen_NM)
         return out_TD if config.scaling == 1 else out_TD * config.scaling
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise DeltaError(f"{self.path}: {CANNOT_MERGE}")
-
-    def unmerge(self) -> None:
-        """Nothing is ever merged."""

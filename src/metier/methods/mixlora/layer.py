@@ -4,16 +4,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metier.errors import DeltaError, UnsupportedModelError
+from metier.errors import UnsupportedModelError
+from metier.methods.block_layer import BlockLayer
 from metier.methods.mixlora.config import MixLoraConfig
 from metier.methods.mixlora.mixture import Mixture
 from metier.models.dense_mlp import DenseMlp
@@ -27,7 +27,7 @@ ROUTER_STD = 0.02
 """Of the first routers' weights, as in MixLoRA's published code."""
 
 
-class MixLoraLayer(nn.Module, BaseTunerLayer):
+class MixLoraLayer(BlockLayer):
     """Stands in a model for a dense feed-forward block, which it keeps as `base_layer`.
 
     An adapter's router is the parameter `mixlora_router.<adapter>` of shape (E, D), its experts are in
@@ -36,40 +36,33 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("mixlora_router", "mixlora_mixture")
     other_param_names = ("configs", "balance")
+    cannot_merge = CANNOT_MERGE
 
     def __init__(self, base_layer: nn.Module, path: str, mlp: DenseMlp) -> None:
-        super().__init__()
-        self.base_layer, self.path, self.mlp = base_layer, path, mlp
-        self.index = layer_index(path)
+        super().__init__(base_layer, path)
+        self.mlp, self.index = mlp, layer_index(path)
         self.mixlora_router, self.mixlora_mixture = nn.ParameterDict(), nn.ModuleDict()
-        self.configs: dict[str, MixLoraConfig] = {}
         self.balance: dict[str, StepLoss] = {}
-        self.merged_adapters: list[str] = []
-
-    @property
-    def adapter_names(self) -> Collection[str]:
-        """The adapters that stand here."""
-        return self.configs.keys()
 
     def update_layer(self, adapter_name: str, config: MixLoraConfig) -> None:
         """Add an adapter which changes nothing yet."""
         mixture = Mixture(self.mlp, self.path, config, partial(self.is_active, adapter_name))
         router_ED = nn.Parameter(torch.randn(config.num_experts, self.mlp.hidden_size) * ROUTER_STD)
-        device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
+        device = self.base_device()
         self.mixlora_mixture[adapter_name], self.mixlora_router[adapter_name] = mixture, router_ED
         for parameter in (*mixture.parameters(), self.mixlora_router[adapter_name]):
             if not parameter.is_meta:  # as it is where PEFT is about to load the values
                 parameter.data = parameter.data.to(device)
         self.configs[adapter_name], self.balance[adapter_name] = config, StepLoss()
-        BaseTunerLayer.set_adapter(self, BaseTunerLayer.active_adapters.fget(self))
+        self.set_gradients()
 
     def is_active(self, adapter_name: str) -> bool:
         """Whether an adapter has a part in this block's output now."""
-        return adapter_name in self._active()
+        return adapter_name in self.answering()
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the block that it stands for, each token through its experts; adapters active together add up."""
-        names = self._active()
+        names = self.answering()
         if not names:
             untouched: Tensor = self.base_layer(hidden, *args, **kwargs)
             return untouched
@@ -97,16 +90,6 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
             hidden_TD, expert_ids_TK, routing_weights_TK, with_base=True
         )
         return out_TD
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise DeltaError(f"{self.path}: {CANNOT_MERGE}")
-
-    def unmerge(self) -> None:
-        """Nothing is ever merged."""
-
-    def _active(self) -> list[str]:
-        active: list[str] = BaseTunerLayer.active_adapters.fget(self)
-        return [] if self.disable_adapters else [name for name in active if name in self.configs]
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
         """PEFT asks for this wherever it has made an adapter's parameters trainable."""

@@ -10,10 +10,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from metier.errors import ConfigError, SelectionError, UnsupportedModelError
-from metier.methods.checked_state import check_state
 from metier.methods.mixlora.config import experts_of
 from metier.methods.mixlora.layer import CANNOT_MERGE, MixLoraLayer
-from metier.methods.module_tuner import ModuleTuner
+from metier.methods.parameter_tuner import ParameterTuner
 from metier.models.dense_mlp import DenseMlp, dense_mlp
 from metier.models.feed_forward import feed_forward_paths
 from metier.models.moe import is_dense
@@ -22,7 +21,7 @@ from metier.models.unwrap import bare_model, original_module
 from metier.routing.selection import ExpertSelection
 
 
-class MixLoraModel(ModuleTuner):
+class MixLoraModel(ParameterTuner):
     """A dense model with mixtures of LoRA experts. Made by `peft.get_peft_model(model, MixLoraConfig())`.
 
     Every decoder layer's dense feed-forward block, gated or not. Attention is left as it is, where MixLoRA may have
@@ -118,16 +117,6 @@ class MixLoraModel(ModuleTuner):
             return shortened
         without: str = super()._remove_adapter_name_from_key(key, adapter_name)
         return without
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """What PEFT loads: all of the adapter, or nothing."""
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        return check_state(model, MixLoraLayer, adapter_name, remapped)
 
 
 def _check_experts(experts: dict[int, list[int]] | None, layers: list[int], num_experts: int) -> None:
