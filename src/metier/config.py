@@ -190,7 +190,7 @@ class RunConfig:
                     f"{group}_learning_rate is set, but {group} would not be trained. Set train_{group}: true, or "
                     "leave the rate out."
                 )
-        if self.also_train and self.method not in ("esft", "expert_lora"):
+        if self.also_train and not method.selects_experts:
             raise ConfigError(
                 f"train_{self.also_train[0]} goes with the methods esft and expert_lora, got method {self.method}: "
                 "full trains everything, and lora only its own changes. Leave it out."

@@ -52,6 +52,8 @@ class Method:
     """The same on an MoE model, where it differs."""
     can_target: tuple[Part, ...] = LINEAR
     """Parts that a run may name by `targets`."""
+    selects_experts: bool = False
+    """Whether it goes on experts that a selection names."""
     is_prompt: bool = False
     """Whether it is a prompt: vectors before a record, instead of changes in the layers."""
     optimizer: str | None = None

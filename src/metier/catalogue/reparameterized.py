@@ -21,6 +21,7 @@ METHODS = (
         inference=_MERGED,
         merges=True,
         fits=(MOE,),
+        selects_experts=True,
     ),
     Method(
         name="lora",

@@ -18,6 +18,7 @@ METHODS = (
         inference="nothing once merged; unmerged one pass over the delta's experts",
         merges=True,
         fits=(MOE,),
+        selects_experts=True,
     ),
     Method(
         name="fishmask",

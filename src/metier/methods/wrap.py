@@ -59,7 +59,7 @@ def wrap(
 
 def selects_experts(config: RunConfig) -> bool:
     """Whether the run's method trains selected experts, so that it needs a selection."""
-    return config.method in ("esft", "expert_lora")
+    return method_of(config.method).selects_experts
 
 
 def meft_config(config: RunConfig) -> MeftConfig:

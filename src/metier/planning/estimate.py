@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from metier.config import RunConfig
 from metier.errors import UnsupportedModelError
-from metier.methods.wrap import meft_config
+from metier.methods.wrap import meft_config, selects_experts
 from metier.planning.from_config import run_skeleton
 from metier.planning.routes import Chances, assumed_chances, chances_of
 from metier.planning.segments import Peak, StepTrace
@@ -59,7 +59,7 @@ class Estimate:
     @property
     def delta_bytes(self) -> int:
         """Of what is saved: selected experts' rows in the base's dtype, what is trained otherwise as it is trained."""
-        if self.config.method in ("esft", "expert_lora"):
+        if selects_experts(self.config):
             return self.state.num_trained * self.base_itemsize
         return self.state.trained_bytes
 

@@ -245,7 +245,7 @@ def _as_method(config: RunConfig, method: str) -> RunConfig:
     """The run with another method; what only another method has goes back to its default."""
     defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
     foreign: set[str] = set()
-    if method not in ("esft", "expert_lora"):
+    if not method_of(method).selects_experts:
         foreign |= {name for name in defaults if name.startswith(("select", "train_", "top_p", "minus_general"))}
     if method == "full":
         foreign |= {"base_store", "base_format", "base_folder"}

@@ -91,7 +91,7 @@ class ComparisonConfig:
                     f"compare: {candidate.label}: {', '.join(sorted(taken))} of a run are the comparison's to say. "
                     "Leave them out, or set model, tasks, seeds and profile_tokens of the comparison."
                 )
-            if candidate.experts != "relevant" and candidate.method not in ("esft", "expert_lora"):
+            if candidate.experts != "relevant" and not method_of(candidate.method).selects_experts:
                 raise ConfigError(
                     f"compare: {candidate.label}: experts: {candidate.experts} goes with esft and expert_lora, which "
                     f"select experts, and not with {candidate.method}. Leave it out."
