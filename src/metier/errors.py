@@ -12,6 +12,11 @@ MetierError
 │   ├── BaseMismatchError       the delta was trained on another base
 │   └── VerificationError       a delta broke one of the promises that `metier verify` checks
 ├── RowStoreError          rows of an adapter cannot be kept, read or trained where they live
+├── ServingError           a server cannot start, or answer a request
+│   ├── UnknownDeltaError       no delta of that name is served
+│   ├── RequestError            a request asks for what cannot be done (also a ValueError)
+│   ├── OverloadedError         too many requests wait already; try again later
+│   └── EngineError             the engine has died or is closing
 └── RunError               a run cannot start, go on or be resumed
 ```
 
@@ -63,6 +68,26 @@ class VerificationError(DeltaError):
 
 class RowStoreError(MetierError):
     """Rows of an adapter cannot be kept, read or trained: a full disk, a missing file, a gradient that is no number."""
+
+
+class ServingError(MetierError):
+    """A server cannot start, or answer a request."""
+
+
+class UnknownDeltaError(ServingError):
+    """No delta of that name is served."""
+
+
+class RequestError(ServingError, ValueError):
+    """A request asks for what cannot be done: a prompt longer than the cache holds, an option that is not there."""
+
+
+class OverloadedError(ServingError):
+    """Too many requests wait already; try again later."""
+
+
+class EngineError(ServingError):
+    """The engine has died or is closing."""
 
 
 class RunError(MetierError):

@@ -1,0 +1,1 @@
+"""Many deltas on one copy of their base: admission, engine, HTTP."""
