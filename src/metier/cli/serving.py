@@ -1,0 +1,153 @@
+"""The verb that serves many deltas on one copy of their base."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from metier.cli.app import app
+
+if TYPE_CHECKING:
+    from metier.serving.http.settings import HttpSettings
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option("--model", help="The base: a local folder, a hub id, or 'embedded'.")],
+    delta: Annotated[list[str] | None, typer.Option(help="A delta to serve, as NAME=FOLDER; repeat.")] = None,
+    delta_dir: Annotated[
+        list[Path] | None,
+        typer.Option(help="Serve each delta (or run) in this folder by its folder's name; may be loaded from; repeat."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for any.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 for any that is free.")] = 8000,
+    base_name: Annotated[
+        str | None, typer.Option(help="Name of the base in requests; else that of --model, its last part of a folder.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="METIER_API_KEY", help="Key that clients must send.")] = None,
+    allow_loading: Annotated[
+        bool, typer.Option("--allow-loading", help="Let requests load deltas from --delta-dir, and unload them.")
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Further name that requests may call a server on 127.0.0.1 by (behind a proxy); repeat."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto",
+    device_memory: Annotated[
+        str | None, typer.Option(help="For base, cache and deltas on the device, such as 24GiB.")
+    ] = None,
+    delta_memory: Annotated[str | None, typer.Option(help="Of it for deltas, such as 4GiB.")] = None,
+    cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that the KV cache holds.")] = None,
+    max_batch_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens in one step.")] = None,
+    max_concurrent: Annotated[int, typer.Option(min=1, help="Most requests at once; more get 429.")] = 256,
+    max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a prompt.")] = None,
+    max_body: Annotated[str, typer.Option(help="Largest body of a request.")] = "4MiB",
+    grace_seconds: Annotated[
+        float, typer.Option(min=0, help="How long running requests may go on at shutdown.")
+    ] = 30.0,
+) -> None:
+    """Serve a base and its deltas over OpenAI's API, all in one batch; a request's `model` names its delta."""
+    _check_installed()
+    from metier.errors import ConfigError
+    from metier.planning.fit import read_bytes
+    from metier.serving.http.app import create_app
+    from metier.serving.http.server import bound_socket, run
+    from metier.serving.http.settings import HttpSettings
+
+    if allow_loading and not delta_dir:
+        raise ConfigError("serve: --allow-loading needs --delta-dir, the folder that deltas may be loaded from.")
+    name = base_name or _base_name(model)
+    deltas = _deltas(name, delta or (), delta_dir or (), may_be_none=allow_loading)
+    settings = HttpSettings(
+        api_key=api_key or None,
+        allowed_hosts=(*LOCAL, *(allow_host or ())) if host in LOCAL else (),
+        allows_loading=allow_loading,
+        delta_dirs=tuple(delta_dir or ()),
+        max_body_bytes=read_bytes(max_body, "max_body"),
+        max_prompt_tokens=max_prompt_tokens,
+        max_concurrent=max_concurrent,
+        grace_seconds=grace_seconds,
+    )
+    _warn(host, settings)
+    bound = bound_socket(host, port)
+    budgets = {
+        "device_memory_bytes": device_memory and read_bytes(device_memory, "device_memory"),
+        "delta_memory_bytes": delta_memory and read_bytes(delta_memory, "delta_memory"),
+        "cache_tokens": cache_tokens,
+        "max_batch_tokens": max_batch_tokens,
+    }
+    given = {option: int(value) for option, value in budgets.items() if value is not None}
+    engine, tokenizer = start(model, deltas, dtype=dtype, budgets=given)
+    named = ", ".join(deltas) or "none yet"
+    run(
+        create_app(engine, tokenizer, name, settings),
+        bound,
+        on_start=lambda address: typer.echo(f"Serving at {address}: base {name}; deltas: {named}."),
+    )
+
+
+def start(model: str, deltas: dict[str, Path], *, dtype: str, budgets: dict[str, int]) -> tuple[Any, Any]:
+    """The engine and the base's tokenizer."""
+    from transformers import AutoTokenizer
+
+    from metier.models.load import resolve_source
+    from metier.serving.engine import EngineSettings, start_engine  # type: ignore[import-not-found]
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_source(model))
+    return start_engine(model, deltas, dtype=dtype, settings=EngineSettings(**budgets)), tokenizer
+
+
+def _check_installed() -> None:
+    from metier.errors import ServingError
+
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ServingError(
+            f'serve: {" and ".join(missing)} is not installed. Install what serving needs: pip install "metier[serve]"'
+        )
+
+
+def _base_name(model: str) -> str:
+    """A hub's id as it is; a folder's own name, since its place is nothing to clients."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model
+
+
+def _deltas(base_name: str, named: Sequence[str], folders: Sequence[Path], *, may_be_none: bool) -> dict[str, Path]:
+    from metier.errors import ConfigError
+    from metier.serving.places import check_files, check_name, deltas_in
+
+    found: list[tuple[str, Path]] = []
+    for text in named:
+        name, sign, path = text.partition("=")
+        if not (name and sign and path):
+            raise ConfigError(f"serve: --delta: got {text!r}, expected NAME=FOLDER, such as law=runs/law/adapter.")
+        check_files(Path(path))
+        found.append((name, Path(path)))
+    for folder in folders:
+        of_folder = deltas_in(folder)
+        if not of_folder and not may_be_none:
+            raise ConfigError(f"serve: --delta-dir: {folder} has no sub-folder with an adapter_config.json.")
+        found.extend(of_folder.items())
+    for name, _ in found:
+        check_name(name, base_name)
+    names = [name for name, _ in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"serve: got two deltas named {twice[0]!r}, expected each name once.")
+    return dict(found)
+
+
+def _warn(host: str, settings: HttpSettings) -> None:
+    if host not in LOCAL and settings.api_key is None:
+        typer.echo(
+            f"Warning: listening at {host}, this server answers anybody who can reach this machine, because no API "
+            "key is set. Set METIER_API_KEY, or listen at 127.0.0.1.",
+            err=True,
+        )

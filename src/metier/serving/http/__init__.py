@@ -1,0 +1,1 @@
+"""OpenAI's API over a serving engine, by FastAPI."""
