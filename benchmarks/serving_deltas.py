@@ -1,4 +1,4 @@
-"""Bases and deltas for the serving benchmarks: the embedded model with deltas of its tasks' experts, and an OLMoE shape.
+"""Bases and deltas for the serving benchmarks: the embedded model with deltas of its tasks' experts; an OLMoE shape.
 
 What the deltas answer does not matter here, what they cost does: the embedded model's replace the experts that a task's
 real profile selects (top_p 0.2, as ESFT's paper has it), and each has rows of its own, moved as far as training moves
@@ -35,7 +35,7 @@ def embedded_deltas(folder: Path, num: int, *, top_p: float = 0.2):
 
 
 def olmoe_deltas(folder: Path, num: int, *, layers: int, experts_per_layer: int, dtype: str):
-    """An OLMoE-shaped model as a folder that loads, and `num` deltas of it."""
+    """An OLMoE-shaped model in `folder/base`, and `num` deltas of it beside it."""
     import torch
 
     import metier
@@ -45,9 +45,8 @@ def olmoe_deltas(folder: Path, num: int, *, layers: int, experts_per_layer: int,
     metier.load("embedded").tokenizer.save_pretrained(folder / "base")
     generator = torch.Generator().manual_seed(0)
     for number in range(num):
-        experts = {
-            layer: sorted(torch.randperm(64, generator=generator)[:experts_per_layer].tolist()) for layer in range(layers)
-        }
+        chosen = [torch.randperm(64, generator=generator)[:experts_per_layer].tolist() for _ in range(layers)]
+        experts = {layer: sorted(ids) for layer, ids in enumerate(chosen)}
         _save(model, experts, folder / f"delta-{number:02d}", seed=number)
 
 

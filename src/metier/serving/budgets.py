@@ -29,6 +29,18 @@ class Budgets:
     host_bytes: int
     """For copies on the host; 0 where the accelerator is the host's memory, so that a delta is there or on the disk."""
 
+    def __str__(self) -> str:
+        """For the start of a server."""
+        cache = self.cache_tokens * self.token_bytes
+        parts = [
+            f"weights {_gib(self.weights_bytes)}",
+            f"KV cache of {self.cache_tokens:,} tokens {_gib(cache)}",
+            f"deltas up to {_gib(self.delta_bytes)}",
+        ]
+        return ", ".join(
+            [*parts, f"their copies on the host up to {_gib(self.host_bytes)}"][: 4 if self.host_bytes else 3]
+        )
+
 
 def budgets(
     model: PreTrainedModel,
@@ -70,6 +82,10 @@ def budgets(
     return Budgets(
         weights_bytes=weights, cache_tokens=cache_tokens, token_bytes=token_bytes, delta_bytes=deltas, host_bytes=host
     )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def _device_bytes(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Where the layers find deltas: each gets a number, slots for its experts, and is wired into the layers that it changes.
+"""Where the layers find deltas: each gets a number and slots for its experts, and is wired into the layers it changes.
 
 A delta is placed whole before anybody may use its number, and removed after the last one has used it; so the layers
 read without locks while another thread places.
@@ -147,7 +147,8 @@ class DeltaStore:
 
     def _device(self, tensor: ServedTensor) -> torch.device:
         if tensor.layer is not None:
-            return self._experts[tensor.layer].device
+            device: torch.device = self._experts[tensor.layer].device
+            return device
         weight: Tensor = next(self._model.get_submodule(tensor.path).parameters())
         return weight.device
 

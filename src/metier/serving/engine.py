@@ -134,7 +134,8 @@ class Engine:
         deadline = self._loop.time() + grace_seconds
         while (self._running or self._waiting) and self._batch.is_alive and self._loop.time() < deadline:
             await asyncio.sleep(_REAP_SECONDS)
-        for answer in [each.answer for each in (*self._waiting.values(), *self._running.values())]:
+        waiting = [each.answer for each in self._waiting.values()]
+        for answer in [*waiting, *(each.answer for each in self._running.values())]:
             self._cancel(answer)
         await asyncio.to_thread(self._batch.stop)
         await asyncio.to_thread(self._tiers.close)

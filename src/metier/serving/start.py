@@ -1,4 +1,4 @@
-"""Start an engine: load the base, part the memory, put the deltas into service, and test each against its merged model."""
+"""Start an engine: load the base, part the memory, put the deltas into service, test each against its merged model."""
 
 from __future__ import annotations
 
@@ -145,6 +145,7 @@ class _Arrivals:
         with self._changed:
             tiers.prefetch([name])
             placed = self._changed.wait_for(lambda: self._acquired(tiers, name))
+        assert placed is not None, "waited for without a limit"
         try:
             yield placed
         finally:
