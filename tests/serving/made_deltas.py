@@ -1,60 +1,83 @@
-"""A tiny base in a folder, and deltas of each kind that a server takes, as their files."""
+"""A tiny base, and a delta of each kind on it, in folders."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
-from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
 
-from deltas.made import made_base
+from deltas.made import FAMILIES, made_adapter
 from metier.deltas.save import save_delta
-from metier.methods.esft import EsftConfig
 from metier.methods.expert_lora import ExpertLoraConfig
-from metier.models.load import LoadedModel
-from metier.models.moe import moe_layers
+from tiny_models import tiny_model
 
-STEP = 0.3
-"""By which a value moves: far enough for other tokens to be the likeliest."""
+EXPERTS = {1: [0, 3, 5], 2: [2]}
 
 
-def base_in(folder: Path, family: str = "mixtral") -> LoadedModel:
-    return made_base(folder, family)
+def made_model(family: str = "deepseek_v2", *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    model = tiny_model(family, seed=seed, **FAMILIES.get(family, {})).to(dtype)
+    model.name_or_path = "tiny"
+    return model.eval()
 
 
-def esft_in(folder: Path, base: LoadedModel, *, seed: int = 0, experts: dict[int, list[int]] | None = None) -> Path:
-    experts = experts or {layer.index: [0, 2] for layer in moe_layers(base.model)}
-    return _saved(folder, base, EsftConfig(experts=experts), save_delta, seed=seed)
-
-
-def expert_lora_in(folder: Path, base: LoadedModel, *, seed: int = 0) -> Path:
-    experts = {layer.index: [1, 2] for layer in moe_layers(base.model)}
-    return _saved(folder, base, ExpertLoraConfig(experts=experts, r=4, lora_alpha=8), save_delta, seed=seed)
-
-
-def lora_in(folder: Path, base: LoadedModel, *, seed: int = 0) -> Path:
-    config = LoraConfig(target_modules=["q_proj", "o_proj"], r=4, lora_alpha=8)
-    return _saved(folder, base, config, lambda model, path: model.save_pretrained(path), seed=seed)
-
-
-KINDS: dict[str, Callable[..., Path]] = {"esft": esft_in, "expert_lora": expert_lora_in, "lora": lora_in}
-
-
-def merged(base: LoadedModel, folder: Path) -> torch.nn.Module:
-    """The base with a delta merged by PEFT."""
-    model = PeftModel.from_pretrained(copy.deepcopy(base.model), folder)
-    return model.merge_and_unload().eval()
-
-
-def _saved(folder: Path, base: LoadedModel, config: object, save: Callable[..., None], *, seed: int) -> Path:
-    model = peft.get_peft_model(copy.deepcopy(base.model), config)
-    generator = torch.Generator().manual_seed(seed)
+def move(wrapped: nn.Module, marker: str) -> None:
+    """Give every value of an adapter whose name has `marker` a random one."""
+    generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(STEP * torch.randn(parameter.shape, generator=generator))
-    save(model, folder)
+        for name, parameter in wrapped.named_parameters():
+            if marker in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def save_esft(
+    model: nn.Module,
+    folder: Path,
+    *,
+    experts: dict[int, list[int]] = EXPERTS,
+    step: float = 0.05,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    wrapped = made_adapter(model, experts=experts, step=step)
+    save_delta(wrapped, folder, dtype=dtype)
+    wrapped.unload()
     return folder
+
+
+def save_expert_lora(model: nn.Module, folder: Path, **options: Any) -> Path:
+    options = {"r": 4, "lora_alpha": 8, "ranks": {1: {3: 2}}, **options}
+    wrapped = peft.get_peft_model(model, ExpertLoraConfig(experts=EXPERTS, **options))
+    move(wrapped, "_B.")
+    save_delta(wrapped, folder)
+    wrapped.unload()
+    return folder
+
+
+def save_lora(model: nn.Module, folder: Path, **options: Any) -> Path:
+    """PEFT's own LoRA, with every factor moved."""
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["o_proj", "kv_b_proj"], **options}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**options))
+    move(wrapped, "lora_")
+    wrapped.save_pretrained(str(folder))
+    wrapped.unload()
+    return folder
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def alter_last_byte(folder: Path) -> None:
+    """Of the tensors, leaving no trace but in the content."""
+    path = folder / "adapter_model.safetensors"
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))

@@ -18,7 +18,7 @@ from metier.serving.model_facts import ModelFacts, model_facts
 from metier.serving.self_test import self_test
 from metier.serving.served_delta import ServedDelta
 from metier.serving.step import make_step, running
-from serving.made_deltas import KINDS, base_in, esft_in, merged
+from serving.delta_folders import KINDS, base_in, esft_in, merged
 
 PROMPT = [5, 9, 12, 7, 40, 41]
 # float32: the same sums in another order

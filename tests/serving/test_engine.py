@@ -18,7 +18,7 @@ from metier.serving.contract import SamplingSettings
 from metier.serving.engine import Engine
 from metier.serving.generation import Answer
 from metier.serving.start import EngineSettings, start_engine
-from serving.made_deltas import base_in, esft_in, expert_lora_in, lora_in, merged
+from serving.delta_folders import base_in, esft_in, expert_lora_in, lora_in, merged
 
 PROMPT, OTHER = [5, 9, 12, 7, 40, 41], [8, 90, 91]
 LONG = list(range(10, 80))

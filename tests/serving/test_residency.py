@@ -211,6 +211,15 @@ def test_prefetch_does_not_evict_what_an_earlier_name_stands_for() -> None:
     assert residency.prefetch(["b", "a"]) == (down("a"), up("b"))
 
 
+def test_prefetch_evicts_what_a_later_name_stands_for_only_where_no_others_can_make_way() -> None:
+    residency = book("a", "b", "c")
+    load(residency, "a", "b")
+    assert residency.prefetch(["c", "a"]) == (down("b"), up("c"))
+    residency = book("a", "b", "c")
+    load(residency, "a", "b")
+    assert residency.prefetch(["c", "a", "b"]) == (down("a"), up("c"))
+
+
 def test_prefetch_brings_a_delta_to_the_host_while_the_accelerator_is_in_use() -> None:
     residency = book("a", "b", accelerator=10, host=20)
     load(residency, "a")
@@ -387,7 +396,10 @@ class Server(RuleBasedStateMachine):
     def prefetch(self, names: list[str]) -> None:
         names = [name for name in names if name in self.sizes]
         moves = self.residency.prefetch(names)
-        self.plan(moves, set(names[: names.index(moves[-1].name)]) if moves else set())
+        if moves:
+            earlier = names[: names.index(moves[-1].name)]
+            needs_others = {move.name for move in moves if move.is_eviction} & set(names)
+            self.plan(moves, set(earlier if needs_others else names) - {moves[-1].name})
 
     @rule(name=NAMES)
     def drop(self, name: str) -> None:

@@ -9,7 +9,7 @@ copy on the host as long as there is room, so that taking it off the accelerator
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from metier.errors import ServingError
@@ -158,18 +158,21 @@ class Residency:
             start = "host"
         return self._begun([*moves, Move(name, start, "accelerator")])
 
-    def prefetch(self, names: Sequence[str]) -> tuple[Move, ...]:
+    def prefetch(self, names: Collection[str]) -> tuple[Move, ...]:
         """The moves to begin now for deltas that are waited for, of the first of them for which there are any.
 
-        None makes way that an earlier name stands for. Where the accelerator has no room now, a delta is brought to the
-        host.
+        None makes way that an earlier name stands for, and one that a later name stands for only where no others can.
+        Where the accelerator has no room now, a delta is brought to the host.
 
         Args:
             names: who has waited longest comes first.
         """
+        names = dict.fromkeys(names)
         earlier: set[str] = set()
         for name in names:
-            moves = self.make_room(name, keeping=earlier)
+            moves = self.make_room(name, keeping=names)
+            if moves is None:
+                moves = self.make_room(name, keeping=earlier)
             if moves is None:
                 moves = self._to_host(name, earlier)
             if moves:
