@@ -33,6 +33,8 @@ class Caller:
         self.has_left = asyncio.Event()
         sent = body if isinstance(body, bytes) else json.dumps(body).encode()
         self._messages: list[Message] = [{"type": "http.request", "body": sent, "more_body": False}]
+        if body is None:
+            self._messages.clear()
         self.done = asyncio.create_task(app(self.scope, self._receive, self._send))
 
     async def _receive(self) -> Message:
@@ -256,6 +258,25 @@ def test_what_cannot_be_asked_is_refused_in_openais_format(body: Any, status: in
         assert call.status == status
         assert message in json.loads(call.body)["error"]["message"]
         assert inner.bodies == {}
+
+    asyncio.run(run())
+
+
+def test_a_body_that_does_not_come_is_refused() -> None:
+    async def run() -> None:
+        call = Caller(Together(Inner(), max_body_seconds=0.01), "/page/ask", None)
+        await call.done
+        assert call.status == 408
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_within_its_question_is_let_go() -> None:
+    async def run() -> None:
+        call = Caller(Together(Inner()), "/page/ask", None)
+        call.has_left.set()
+        await call.done
+        assert call.status is None
 
     asyncio.run(run())
 

@@ -3,7 +3,8 @@
 A browser holds six HTTP/1.1 connections to a server at most. A page with a request for each model would see six answers
 stream while the others wait, however many the engine runs in one batch. So the page sends one request that names the
 models; here it becomes one request for each, put to the very application that answers everybody else, with the same
-headers. Keys, limits, errors and metrics are therefore that application's, and none is decided here.
+headers. Keys, limits, errors and metrics are therefore that application's, and none is decided here: it has to be put
+around whatever checks them.
 
     POST /page/ask    {"id": …, "path": "/v1/chat/completions", "models": […], "body": {…}}, answered by events:
                       {"model", "status"} as an answer begins, {"model", "text"} for each piece of its body, and
@@ -21,7 +22,7 @@ from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -51,10 +52,13 @@ class _Stop(BaseModel):
 class Together:
     """An ASGI application around another: answers the two paths above, and hands all else on."""
 
-    def __init__(self, app: ASGIApp, *, max_models: int = 256, max_body_bytes: int = 4 << 20) -> None:
+    def __init__(
+        self, app: ASGIApp, *, max_models: int = 256, max_body_bytes: int = 4 << 20, max_body_seconds: float = 30
+    ) -> None:
         self._app = app
         self._max_models = max_models
         self._max_body_bytes = max_body_bytes
+        self._max_body_seconds = max_body_seconds
         self._gone: dict[str, dict[str, asyncio.Event]] = {}
         """By id and model: set when nobody wants the answer any more."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -68,6 +72,9 @@ class Together:
                 await self._stop(scope, receive, send)
             else:
                 await self._app(scope, receive, send)
+        except ClientDisconnect:
+            # it left before its question was there; nobody reads a reply
+            return
         except _Refused as refusal:
             await _error(refusal.status, str(refusal))(scope, receive, send)
 
@@ -139,10 +146,14 @@ class Together:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             raise _Refused(415, f"{scope['path']}: send application/json.")
         body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > self._max_body_bytes:
-                raise _Refused(413, f"{scope['path']}: the body is longer than {self._max_body_bytes} bytes.")
+        try:
+            async with asyncio.timeout(self._max_body_seconds):
+                async for piece in request.stream():
+                    body += piece
+                    if len(body) > self._max_body_bytes:
+                        raise _Refused(413, f"{scope['path']}: the body is longer than {self._max_body_bytes} bytes.")
+        except TimeoutError:
+            raise _Refused(408, f"{scope['path']}: the body took over {self._max_body_seconds:g} s.") from None
         return bytes(body)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -52,13 +52,19 @@ def open_page(browser: Browser, server: StubServer, complaints: list[str]) -> It
     """Opens the page in a fresh profile once its list of models is there. Any complaint that a test leaves fails it."""
     contexts = []
 
-    def open_page(fragment: str = "", *, waits: bool = True, **profile: object) -> Page:
+    def open_page(
+        fragment: str = "", *, waits: bool = True, offline_paths: Sequence[str] = (), **profile: object
+    ) -> Page:
         context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **profile})
         context.set_default_timeout(5000)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
+        for path in offline_paths:
+            page.route(server.url + path, lambda route: route.abort())
+        if offline_paths:
+            page.clock.install()
         page.goto(server.url + fragment)
         if waits:
             page.wait_for_selector("#models label")

@@ -28,7 +28,11 @@ LAYERS, NUM_EXPERTS = (1, 2, 5), 8
 REPLACED = [[0, 3], [], [7]]
 COUNTS = [[(3 * expert + layer) % 7 * 2 for expert in range(NUM_EXPERTS)] for layer in LAYERS]
 _PAGE = next(iter(metier.serving.__path__)) + "/page"
-_POLICY = {"Content-Security-Policy": "default-src 'self'"}
+# stricter than `default-src 'self'`
+_POLICY = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'"
+}
 
 
 class StubServer:
@@ -44,7 +48,7 @@ class StubServer:
     def reset(self) -> None:
         self.deltas = ["law", "code"]
         self.key: str | None = None
-        self.health: tuple[int, dict[str, Any]] = (200, {"status": "ok", "num_running": 0})
+        self.health: tuple[int, dict[str, Any]] = (200, {"status": "ok"})
         self.word_seconds = 0.001
         self.release = threading.Event()
         self.release.set()

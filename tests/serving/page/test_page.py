@@ -14,19 +14,31 @@ FIRST_WORDS = " ".join(WORDS[:3])
 
 
 def test_base_state_and_deltas_are_shown(open_page: OpenPage, server: StubServer) -> None:
-    server.health = (200, {"num_running": 3, "num_waiting": 2})
     page = open_page()
     expect(page.get_by_role("heading", level=1)).to_have_text(BASE)
     expect(page.locator("#num-deltas")).to_have_text("2 deltas")
-    expect(page.locator("#health")).to_have_text("ready, 3 running, 2 waiting")
+    expect(page.locator("#health")).to_have_text("ready")
     assert page.locator("#models .name").all_inner_texts() == [BASE, "law", "code"]
 
 
 def test_a_server_that_is_not_ready_is_shown(open_page: OpenPage, server: StubServer, complaints: list[str]) -> None:
-    server.health = (503, {})
+    server.health = (503, {"status": "closing", "reason": "told to stop"})
     page = open_page()
-    expect(page.locator("#health")).to_have_text("not ready (HTTP status 503)")
+    expect(page.locator("#health")).to_have_text("not ready: told to stop")
     assert "503" in complaints.pop()
+
+
+def test_a_server_that_comes_back_is_seen(open_page: OpenPage, complaints: list[str]) -> None:
+    page = open_page(waits=False, offline_paths=["health", "v1/models"])
+    expect(page.locator("#health")).to_have_text("not reachable")
+    expect(page.get_by_role("alert")).to_have_text("The server cannot be reached.")
+    assert all("ERR_FAILED" in complaint for complaint in complaints)
+    complaints.clear()
+    page.unroute_all()
+    page.clock.run_for(5000)
+    expect(page.get_by_label("law")).to_be_visible()
+    expect(page.locator("#health")).to_have_text("ready")
+    expect(page.get_by_role("alert")).to_be_hidden()
 
 
 def test_answers_stream_at_the_same_time(open_page: OpenPage, server: StubServer) -> None:

@@ -46,11 +46,9 @@ async function showHealth() {
   const shown = byId("health");
   let [words, look] = ["not reachable", "bad"];
   try {
-    const { said, ok, status } = await readHealth();
-    const running = said.num_running > 0 ? `, ${said.num_running} running` : "";
-    const waiting = said.num_waiting > 0 ? `, ${said.num_waiting} waiting` : "";
-    [words, look] = ok ? [`ready${running}${waiting}`, "good"] : [`not ready (HTTP status ${status})`, "bad"];
-    if (base === null && ok && byId("key").hidden) await showModels();
+    const { isReady, reason } = await readHealth();
+    [words, look] = isReady ? ["ready", "good"] : [`not ready: ${reason}`, "bad"];
+    if (isReady && base === null && byId("key").hidden) await showModels();
   } catch {
     // no answer at all: the words above say so
   }

@@ -30,11 +30,12 @@ export async function readModels() {
   return { base: names(false)[0], deltas: names(true) };
 }
 
-/** The server's state as `{ok, status}`, with what it says of itself. */
+/** Whether the server answers questions, and why if it does not. */
 export async function readHealth() {
   const response = await fetch("health", { headers: headers(), cache: "no-store", signal: AbortSignal.timeout(5000) });
-  const said = await response.json().catch(() => ({}));
-  return { said, ok: response.ok, status: response.status };
+  if (response.ok) return { isReady: true };
+  const { reason } = await response.json().catch(() => ({}));
+  return { isReady: false, reason: reason ?? `HTTP status ${response.status}` };
 }
 
 /**
