@@ -102,5 +102,4 @@ document.addEventListener("visibilitychange", () => {
   showHealth();
 });
 setInterval(() => document.hidden || showHealth(), HEALTH_EVERY_MS);
-showModels();
-showHealth();
+showModels().then(showHealth);
