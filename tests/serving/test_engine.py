@@ -105,7 +105,7 @@ def test_deltas_take_turns_on_an_accelerator_too_small_for_two(world: World) -> 
 
     async def body() -> None:
         for _ in range(2):
-            asked = [name for name in ("law", "code") * 3]
+            asked = ["law", "code"] * 3
             got = await asyncio.gather(*(tokens_of(ask(engine, name)) for name in asked))
             assert got == [world.greedy(name, PROMPT) for name in asked]
         assert engine.status().delta_bytes["accelerator"] <= max(sizes.values())
