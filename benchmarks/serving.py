@@ -28,8 +28,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-NUM_DELTAS, NUM_REQUESTS, NUM_TOKENS = 4, 12, 8
-REPEATS = 1
+NUM_DELTAS, NUM_REQUESTS, NUM_TOKENS = 32, 64, 48
+REPEATS = 5
 RESULTS = Path(__file__).parent / "results" / "serving.md"
 
 
