@@ -100,7 +100,7 @@ class DeltaCache(PagedAttentionCache):
         if self._last_spans is None or self._last_spans[0] is not read_index:
             parts = read_index.split(ends.diff().tolist())
             firsts_lasts = torch.stack([part[[0, -1]] for part in parts]).tolist()
-            spans = [
+            spans: list[Callable[[Tensor], Tensor]] = [
                 partial(torch.narrow, dim=0, start=first, length=len(part))
                 if last - first == len(part) - 1
                 else partial(torch.index_select, dim=0, index=part)
