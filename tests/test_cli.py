@@ -15,7 +15,18 @@ from metier.cli import app
 from metier.config import RunConfig
 
 VERBS = ("demo", "profile", "select", "train", "evaluate", "inspect", "verify", "merge")
-VERBS += ("analyse", "import-esft", "export-esft", "compress", "decompress", "compose", "methods", "compare", "search")
+VERBS += (
+    "analyse",
+    "export",
+    "import-esft",
+    "export-esft",
+    "compress",
+    "decompress",
+    "compose",
+    "methods",
+    "compare",
+    "search",
+)
 REQUIRED = ["--model", "embedded", "--dataset", "a.jsonl", "--output_dir", "runs/a"]
 
 

@@ -158,15 +158,14 @@ def _describe(folder: Path, files: Delta, base: str, layout: str, rank: int) -> 
 def _readers(kind: str, layout: LoraLayout, rank: int) -> str:
     """Who reads the layout, as far as that is known."""
     family = SERVED.get(kind)
-    if layout == "parameters":
-        text = f"PEFT from {MIN_PEFT} on loads it without metier."
-    else:
-        text = "PEFT does not load this layout: transformers stacks the experts."
+    peft_reads = f"PEFT from {MIN_PEFT} on loads it without metier."
+    if layout == "per-expert":
+        peft_reads = "PEFT loads it as a LoRA from before transformers stacked experts, where it knows the family so."
     if family is None:
-        return f"{text} Whether vLLM reads it for {kind} was not checked."
+        return f"{peft_reads} Whether vLLM reads it for {kind} was not checked."
     if family.lora_layout != layout:
-        return f"{text} vLLM takes {family.architecture}'s in the layout {family.lora_layout}: see `--layout`."
+        return f"{peft_reads} vLLM takes {family.architecture}'s in the layout {family.lora_layout}: see `--layout`."
     return (
-        f"{text} vLLM's loader takes it for {family.architecture} from {_VLLM[layout]} on, with `--max-lora-rank` of "
-        f"at least {rank}. The loader was read; the server was not run."
+        f"{peft_reads} vLLM's loader takes it for {family.architecture} from {_VLLM[layout]} on, with "
+        f"`--max-lora-rank` of at least {rank}. The loader was read; the server was not run."
     )

@@ -61,18 +61,19 @@ def export_merged(
     with written_whole(output) as new:
         if is_of_experts:
             merge(delta, base, new, trust_remote_code=trust_remote_code)
-            answers = None
+            made = None
         else:
-            answers = merge_adapter(delta, base, new, trust_remote_code=trust_remote_code)
+            made = merge_adapter(delta, base, new, trust_remote_code=trust_remote_code)
         model = skeleton(base, trust_remote_code=trust_remote_code)
-        _put_bases_own_beside(checkpoint_folder(base), new, type(model).__name__)
+        _put_bases_own_beside(checkpoint_folder(base), new)
+        _mend_config(new, type(model).__name__, {} if made is None else made.config_changes)
         if max_shard_bytes is not None:
             reshard(new, max_shard_bytes)
         files = open_checkpoint(new)
         assert files is not None, "a merge writes safetensors files"
         sentences = [_size(files, output), _served(files, model)]
-        if answers is not None:
-            check_answers(new, delta, answers, trust_remote_code=trust_remote_code)
+        if made is not None:
+            check_answers(new, delta, made, trust_remote_code=trust_remote_code)
             sentences.append("Loaded again, the checkpoint answers a fixed batch of tokens as base and adapter did.")
     return sentences
 
@@ -83,7 +84,7 @@ def _refuse_base(base: str | Path, output: Path) -> None:
         raise ConfigError(f"{output}: got the base's own folder as output, which would be lost. Choose another place.")
 
 
-def _put_bases_own_beside(base: Path, folder: Path, class_name: str) -> None:
+def _put_bases_own_beside(base: Path, folder: Path) -> None:
     """Replace what a merge wrote beside the weights by the base's files; what tells of the merge stays."""
     own = {path.name: path.read_bytes() for path in (folder / MERGE_FILE, folder / CARD_FILE)}
     for path in folder.iterdir():
@@ -92,15 +93,16 @@ def _put_bases_own_beside(base: Path, folder: Path, class_name: str) -> None:
     copy_beside(base, folder)
     for name, data in own.items():
         (folder / name).write_bytes(data)
-    _mend_config(folder, class_name)
 
 
-def _mend_config(folder: Path, class_name: str) -> None:
-    """Write `config.json` anew where it lacks what a server goes by, or tells of a quantisation that is gone."""
+def _mend_config(folder: Path, class_name: str, changes: dict[str, Any]) -> None:
+    """Write `config.json` anew where a merge changed it, where it lacks what a server goes by, or where it tells of a
+    quantisation that is gone."""
     path, files = folder / _CONFIG, open_checkpoint(folder)
     assert files is not None, "a merge writes safetensors files"
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     before = json.dumps(values)
+    values |= changes
     parts = [values, values.get("text_config") or {}]
     for part in parts:
         part.pop("quantization_config", None)

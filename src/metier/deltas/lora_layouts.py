@@ -80,5 +80,5 @@ def per_expert_layout(
                 tensors[f"{NAME_PREFIX}{path}.lora_A.weight"] = a_RI
                 tensors[f"{NAME_PREFIX}{path}.lora_B.weight"] = b_OR
                 ends.add(path[path.index("experts.") :])
-    # with the expert's number, or PEFT would put the LoRA on the shared experts, whose projections have the same names
+    # with the expert's number: shared experts have projections of the same names
     return tensors, sorted(ends)
