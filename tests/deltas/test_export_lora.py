@@ -18,12 +18,13 @@ from transformers import AutoModelForCausalLM
 import metier
 from deltas.made import logits, tokens
 from deltas.test_stream_merge import made_delta, made_folder, tensors_in
+from metier.deltas.checkpoint_files import CheckpointFiles
 from metier.deltas.export import export
 from metier.errors import BaseMismatchError, ConfigError, CorruptDeltaError, DeltaError
 from metier.methods.bottleneck import BottleneckConfig
 from metier.methods.esft import EsftConfig
 from metier.methods.expert_lora import ExpertLoraConfig, export_peft_lora
-from metier.models import load as loading
+from models.test_quantised_checkpoints import checkpoint  # noqa: F401 - a fixture
 from tiny_models import tiny_model
 
 SINGLE = ("deepseek_v2", "mixtral", "olmoe", "qwen3_moe", "nemotron_h")
@@ -189,14 +190,29 @@ def test_the_bases_weights_are_not_loaded(
     olmoe: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, delta = olmoe
-    for path in base.glob("*.safetensors"):
-        tensors = load_file(path)
-        if not any("gate.weight" in name and "experts" not in name for name in tensors):
-            path.write_bytes(path.read_bytes())  # the header is needed, and no tensor of it
     monkeypatch.setattr("metier.deltas.export_lora.load", None)
-    monkeypatch.setattr(loading, "load", None)
-    export(delta, base, tmp_path / "out", to="peft-lora")
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    read, plain = [], CheckpointFiles.read
+
+    def recorded(self: CheckpointFiles, name: str) -> Tensor:
+        read.append(name)
+        return plain(self, name)
+
+    monkeypatch.setattr(CheckpointFiles, "read", recorded)
+    for layout in ("parameters", "per-expert"):
+        export(delta, base, tmp_path / layout, to="peft-lora", layout=layout)
+    assert {name.rpartition("mlp.")[2] for name in read} == {"gate.weight"}
+
+
+def test_a_base_in_few_bits_will_do(
+    checkpoint: Path,  # noqa: F811 - the fixture
+    tmp_path: Path,
+) -> None:
+    delta = made_delta(checkpoint, tmp_path / "delta", LORA())
+    export(delta, checkpoint, tmp_path / "out", to="peft-lora")
+    want = logits(peft.PeftModel.from_pretrained(metier.load(checkpoint).model, delta).eval())
+    got = logits(peft.PeftModel.from_pretrained(metier.load(checkpoint).model, tmp_path / "out").eval())
+    # bfloat16: PEFT rounds the changed weight, metier adds the change to the product
+    torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
 
 
 def test_a_base_without_safetensors_is_loaded(olmoe: tuple[Path, Path], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import metier
 from deltas.made import logits, tokens
@@ -22,6 +23,7 @@ from metier.deltas.export import export
 from metier.errors import BaseMismatchError, ConfigError, CorruptDeltaError, DeltaError
 from metier.methods.esft import EsftConfig
 from metier.methods.expert_lora import ExpertLoraConfig
+from models.test_quantised_checkpoints import checkpoint  # noqa: F401 - a fixture
 from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 
 # What vLLM's loaders map to an expert's w1, w2 and w3, and the sizes in tests/tiny_models.py: D is 32.
@@ -142,16 +144,28 @@ def test_a_configuration_without_architectures_and_dtype_gets_them(tmp_path: Pat
     assert got == {**values, "architectures": ["OlmoeForCausalLM"], "dtype": "bfloat16"}
 
 
-def test_a_quantisation_that_is_gone_is_not_told_of(tmp_path: Path) -> None:
-    base = made_folder(tmp_path / "base", "olmoe")
-    delta = made_delta(base, tmp_path / "delta", ESFT())
-    path = base / "config.json"
-    # what a checkpoint in few bits has; its weights here are plain, which transformers takes too
-    quantised = {"quant_method": "fp8", "modules_to_not_convert": ["model", "lm_head"]}
-    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantised}))
-    with pytest.warns(UserWarning, match="because it is quantised"):
-        export(delta, base, tmp_path / "out", to="merged")
-    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+@pytest.mark.parametrize("kind", ["esft", "lora"])
+def test_a_base_in_few_bits_is_exported_in_the_floating_point_that_it_stands_for(
+    kind: str,
+    checkpoint: Path,  # noqa: F811 - the fixture
+    tmp_path: Path,
+) -> None:
+    if kind == "esft":
+        delta = made_delta(checkpoint, tmp_path / "delta", ESFT())
+        with pytest.warns(UserWarning, match="because it is quantised"):
+            export(delta, checkpoint, tmp_path / "out", to="merged")
+    else:
+        delta = tmp_path / "delta"
+        lora = peft.get_peft_model(metier.load(checkpoint).model, peft.LoraConfig(target_modules=["q_proj"]))
+        lora.save_pretrained(delta)
+        export(delta, checkpoint, tmp_path / "out", to="merged")
+    before, after = (json.loads((x / "config.json").read_text()) for x in (checkpoint, tmp_path / "out"))
+    assert after == {name: value for name, value in before.items() if name != "quantization_config"}
+    want = peft.PeftModel.from_pretrained(metier.load(checkpoint).model, delta).eval()
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {tensor.dtype for tensor in tensors_in(tmp_path / "out").values()} == {torch.bfloat16}
+    # bfloat16, and the stored experts are the very same; the order of sums is not
+    torch.testing.assert_close(logits(got), logits(want), rtol=0.02, atol=0.02)
 
 
 def test_another_base_a_full_folder_and_the_base_itself_are_refused(tmp_path: Path) -> None:

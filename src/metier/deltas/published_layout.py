@@ -1,10 +1,10 @@
-"""Under which names and shapes a family publishes its experts, found by asking transformers' own conversion.
+"""Under which names a family publishes single experts, found by asking transformers' own conversion.
 
 transformers stacks single experts when it loads a checkpoint and takes them apart when it saves one. Nothing here knows
 a family's names: what goes through that conversion arrives under them.
 """
 
-# E experts, U output rows of a stacked weight, F moe_intermediate_size, D hidden_size
+# E experts, U output rows of a stacked weight
 
 from __future__ import annotations
 
@@ -26,18 +26,6 @@ class PublishedMatrix:
     expert: int
     rows: slice
     """Its output rows among those of the stacked weight, in which gate and up are one."""
-
-
-def published_shapes(model: PreTrainedModel, layer: MoELayer) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors that hold a layer's routed experts, by the checkpoint's names.
-
-    Args:
-        model: with or without its weights.
-        layer: of it.
-    """
-    stacked = {name: getattr(layer.experts, name) for name in layer.parameter_names()}
-    meta = {f"{layer.path}.{name}": torch.empty(w.shape, device="meta") for name, w in stacked.items()}
-    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, meta).items()}
 
 
 def published_matrices(model: PreTrainedModel, layer: MoELayer, weight: str) -> list[PublishedMatrix] | None:
