@@ -145,7 +145,8 @@ def test_plain_peft_takes_the_layout_by_expert_as_a_lora_from_before_stacked_exp
     torch.testing.assert_close(
         logits(peft.PeftModel.from_pretrained(plain, tmp_path / "out").eval()), want, **TOLERANCE
     )
-    assert "from 0.11.2 on, with `--max-lora-rank` of at least 4" in said[1]
+    assert "in this layout from 0.11.2 on, takes it for" in said[1]
+    assert "with `--max-lora-rank` of at least 4. Its loader was read; the server was not run." in said[1]
 
 
 def test_plain_peft_refuses_the_layout_by_expert_where_it_does_not_know_the_family(tmp_path: Path) -> None:

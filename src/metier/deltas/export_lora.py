@@ -166,6 +166,6 @@ def _readers(kind: str, layout: LoraLayout, rank: int) -> str:
     if family.lora_layout != layout:
         return f"{peft_reads} vLLM takes {family.architecture}'s in the layout {family.lora_layout}: see `--layout`."
     return (
-        f"{peft_reads} vLLM's loader takes it for {family.architecture} from {_VLLM[layout]} on, with "
-        f"`--max-lora-rank` of at least {rank}. The loader was read; the server was not run."
+        f"{peft_reads} vLLM, which has LoRA on experts in this layout from {_VLLM[layout]} on, takes it for "
+        f"{family.architecture} with `--max-lora-rank` of at least {rank}. Its loader was read; the server was not run."
     )
