@@ -14,19 +14,8 @@ from typer.testing import CliRunner
 from metier.cli import app
 from metier.config import RunConfig
 
-VERBS = ("demo", "profile", "select", "train", "evaluate", "inspect", "verify", "merge")
-VERBS += (
-    "analyse",
-    "export",
-    "import-esft",
-    "export-esft",
-    "compress",
-    "decompress",
-    "compose",
-    "methods",
-    "compare",
-    "search",
-)
+VERBS = ("demo", "profile", "select", "train", "evaluate", "inspect", "verify", "merge", "export")
+VERBS += ("analyse", "import-esft", "export-esft", "compress", "decompress", "compose", "methods", "compare", "search")
 REQUIRED = ["--model", "embedded", "--dataset", "a.jsonl", "--output_dir", "runs/a"]
 
 
