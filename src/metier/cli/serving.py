@@ -13,6 +13,7 @@ from metier.cli.app import app
 
 if TYPE_CHECKING:
     from metier.serving.http.settings import HttpSettings
+    from metier.serving.start import Started
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -48,6 +49,9 @@ def serve(
     max_concurrent: Annotated[int, typer.Option(min=1, help="Most requests at once; more get 429.")] = 256,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a prompt.")] = None,
     max_body: Annotated[str, typer.Option(help="Largest body of a request.")] = "4MiB",
+    self_test: Annotated[
+        bool, typer.Option(help="Compare each delta's logits with those of its merged model before the start.")
+    ] = True,
     grace_seconds: Annotated[
         float, typer.Option(min=0, help="How long running requests may go on at shutdown.")
     ] = 30.0,
@@ -83,24 +87,27 @@ def serve(
         "max_batch_tokens": max_batch_tokens,
     }
     given = {option: int(value) for option, value in budgets.items() if value is not None}
-    engine, tokenizer = start(model, deltas, dtype=dtype, budgets=given)
+    started = start(model, deltas, dtype=dtype, options={**given, "tests_deltas": self_test})
+    typer.echo(f"Memory: {started.budgets}.")
+    if started.differences:
+        worst = max(started.differences.values())
+        typer.echo(
+            f"Self-test: {len(started.differences)} deltas say what their merged models say; their logits differ by "
+            f"{worst:.1e} of the largest at most."
+        )
     named = ", ".join(deltas) or "none yet"
     run(
-        create_app(engine, tokenizer, name, settings),
+        create_app(started.engine, started.tokenizer, name, settings),
         bound,
         on_start=lambda address: typer.echo(f"Serving at {address}: base {name}; deltas: {named}."),
     )
 
 
-def start(model: str, deltas: dict[str, Path], *, dtype: str, budgets: dict[str, int]) -> tuple[Any, Any]:
+def start(model: str, deltas: dict[str, Path], *, dtype: str, options: dict[str, Any]) -> Started:
     """The engine and the base's tokenizer."""
-    from transformers import AutoTokenizer
+    from metier.serving.start import EngineSettings, start_engine
 
-    from metier.models.load import resolve_source
-    from metier.serving.engine import EngineSettings, start_engine  # type: ignore[import-not-found]
-
-    tokenizer = AutoTokenizer.from_pretrained(resolve_source(model))
-    return start_engine(model, deltas, dtype=dtype, settings=EngineSettings(**budgets)), tokenizer
+    return start_engine(model, deltas, dtype=dtype, settings=EngineSettings(**options))
 
 
 def _check_installed() -> None:

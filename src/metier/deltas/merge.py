@@ -78,7 +78,7 @@ def merge(
         loaded = load(base, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
     base_folder = Path(loaded.model.name_or_path)
     _check(files, loaded.model, loaded.source, base_folder, output)
-    with written_whole(output) as new, _rows_in_place(files, loaded.model):
+    with written_whole(output) as new, rows_in_place(files, loaded.model):
         loaded.model.save_pretrained(new)
         loaded.tokenizer.save_pretrained(new)
         _describe(new, files, loaded.source, licence_of(base_folder))
@@ -121,7 +121,7 @@ def _check(delta: Delta, model: nn.Module, source: str, base_folder: Path, outpu
 
 
 @contextmanager
-def _rows_in_place(delta: Delta, model: nn.Module) -> Iterator[None]:
+def rows_in_place(delta: Delta, model: nn.Module) -> Iterator[None]:
     """The delta's rows in the base's own tensors while the block runs, then the base's bits again."""
     rows, saved, whole = delta.load_rows(), [], []
     try:

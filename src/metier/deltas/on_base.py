@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -32,7 +32,12 @@ class Configured(Protocol):
 
 def check_fingerprint(delta: Configured, model: nn.Module, base_name: str) -> None:
     """Raise a BaseMismatchError if `delta` was trained on another base, or does not say on which."""
-    expected, got = delta.config.base_fingerprint, fingerprint(model)
+    compare_fingerprint(delta, fingerprint(model), base_name)
+
+
+def compare_fingerprint(delta: Configured, got: str, base_name: str) -> None:
+    """As `check_fingerprint`, where the base's fingerprint is known already."""
+    expected = delta.config.base_fingerprint
     if expected is None:
         raise BaseMismatchError(
             f"{delta.folder}: the delta carries no base_fingerprint, expected {got[:12]}… for base {base_name!r}.\n"
@@ -47,7 +52,12 @@ def check_fingerprint(delta: Configured, model: nn.Module, base_name: str) -> No
 
 def check_experts(delta: Configured, model: nn.Module, base_name: str) -> None:
     """Raise a SelectionError if a selected layer or expert is none of the base's."""
-    layers = {layer.index: layer for layer in moe_layers(model)}
+    compare_experts(delta, moe_layers(model), base_name)
+
+
+def compare_experts(delta: Configured, base_layers: Sequence[MoELayer], base_name: str) -> None:
+    """As `check_experts`, where the base's layers are known already."""
+    layers = {layer.index: layer for layer in base_layers}
     for index, ids in delta.config.experts.items():
         if index not in layers:
             raise SelectionError(
@@ -65,12 +75,24 @@ def check_experts(delta: Configured, model: nn.Module, base_name: str) -> None:
 def check_tensors(delta: Delta, model: nn.Module) -> None:
     """Raise a CorruptDeltaError unless the delta holds, for each selected expert, the rows of each stacked parameter
     of the base, and nothing else."""
-    expected: dict[str, tuple[int, ...]] = {}
-    for layer in moe_layers(model):
+    compare_tensors(delta, moe_layers(model), _whole_shapes(delta, model))
+
+
+def compare_tensors(
+    delta: Delta, base_layers: Sequence[MoELayer], whole_shapes: dict[str, tuple[int, ...]] | None = None
+) -> None:
+    """As `check_tensors`, where the base's layers are known already.
+
+    Args:
+        delta: of the base, as `compare_experts` has it.
+        base_layers: all of the base's; of their parameters only shapes are looked at.
+        whole_shapes: by stored name, what the parameters of modules that are replaced whole have to be.
+    """
+    expected = dict(whole_shapes or {})
+    for layer in base_layers:
         if layer.index in delta.config.experts:
             shapes = _shapes(delta.config, layer).items()
             expected |= {rows_name(layer.path, name, delta.config.method): shape for name, shape in shapes}
-    expected |= _whole_shapes(delta, model)
     for name in sorted(expected.keys() | delta.tensors.keys()):
         got = delta.tensors[name].shape if name in delta.tensors else None
         if got != expected.get(name):

@@ -11,6 +11,7 @@ they are, are checked against its configuration alone.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,6 +70,12 @@ class Delta:
         """Whether the files carried sums and were checked against them."""
         return HEADER_SUM in self.metadata
 
+    @property
+    def sums(self) -> dict[str, str]:
+        """`tensor_sum` of each stored tensor by its name; none where the files carry none."""
+        sums: dict[str, str] = json.loads(self.metadata.get("sha256", "{}"))
+        return sums
+
     def load_rows(self) -> dict[int, dict[str, Tensor]]:
         """The trained rows by decoder layer and the base parameter's name, in their stored dtype.
 
@@ -101,12 +108,13 @@ class Delta:
         return whole
 
 
-def read_delta(folder: str | Path, *, whole_rows_for: str | None = None) -> Delta:
+def read_delta(folder: str | Path, *, whole_rows_for: str | None = None, sums_later: bool = False) -> Delta:
     """The delta in `folder`, checked.
 
     Args:
         folder: a PEFT folder with `adapter_config.json` and `adapter_model.safetensors`.
         whole_rows_for: what is to be done with it where only deltas that replace whole rows will do.
+        sums_later: whoever reads the tensors compares them with `Delta.sums` while reading, so that they are read once.
 
     Raises:
         CorruptDeltaError: the folder holds no delta, or its files are truncated, altered, or do not fit together.
@@ -135,7 +143,7 @@ def read_delta(folder: str | Path, *, whole_rows_for: str | None = None) -> Delt
     _check_tensors(where, rows, config)
     _check_ids(where, stored, config)
     if has_sums:
-        check_sums(where, stored, metadata)
+        check_sums(where, stored, metadata, later=rows.keys() if sums_later else ())
     return Delta(folder=folder, config=config, tensors=rows, metadata=metadata)
 
 
@@ -255,16 +263,29 @@ def _bias_fits(shapes: dict[str, tuple[int, ...]], up_name: str, up_size: int, h
     return shapes[f"{up_name}_bias"][1] == up_size and shapes["down_proj_bias"][1] == hidden_size
 
 
-def check_sums(where: Path, tensors: dict[str, StoredTensor], metadata: dict[str, str]) -> None:
-    """Raise a CorruptDeltaError unless the tensors of a file are those whose sums its metadata have."""
+def check_sums(
+    where: Path, tensors: dict[str, StoredTensor], metadata: dict[str, str], *, later: Collection[str] = ()
+) -> None:
+    """Raise a CorruptDeltaError unless the tensors of a file are those whose sums its metadata have.
+
+    Args:
+        where: the file.
+        tensors: all of it.
+        metadata: the file's.
+        later: names of tensors of which only is looked at here that they have a sum.
+    """
     sums = json.loads(metadata["sha256"])
     for name in sorted(tensors.keys() | sums.keys()):
-        expected = sums.get(name)
+        if name in later and name in sums:
+            continue
         got = stored_sum(where, tensors[name]) if name in tensors else None
-        if got != expected:
-            raise CorruptDeltaError(
-                f"{where}: {name}: got sha256 {_digits(got)}, expected {_digits(expected)}.\n{DAMAGED}"
-            )
+        if got != sums.get(name):
+            raise wrong_sum(where, name, got, sums.get(name))
+
+
+def wrong_sum(where: Path, name: str, got: str | None, expected: str | None) -> CorruptDeltaError:
+    """What is wrong with a tensor whose sum is another than the file's metadata say."""
+    return CorruptDeltaError(f"{where}: {name}: got sha256 {_digits(got)}, expected {_digits(expected)}.\n{DAMAGED}")
 
 
 def _digits(value: str | None) -> str:

@@ -27,6 +27,7 @@ from metier.serving.http.page import add_page
 from metier.serving.http.service import Service
 from metier.serving.http.settings import HttpSettings
 from metier.serving.http.watching import add_watching
+from metier.serving.together import Together
 
 
 def create_app(engine: ServingEngine, tokenizer: Tokenizer, base_name: str, settings: HttpSettings) -> FastAPI:
@@ -52,6 +53,8 @@ def create_app(engine: ServingEngine, tokenizer: Tokenizer, base_name: str, sett
     app = FastAPI(title="metier", lifespan=lifespan, openapi_url=None)
     app.state.service = service
     app.add_middleware(Gate, service=service)
+    # outermost: the requests that it makes of one have to pass the gate
+    app.add_middleware(Together)
     install_error_handlers(app)
     add_generating(app, service)
     add_models(app, service)

@@ -1,0 +1,260 @@
+"""The engine: one base, its deltas in their tiers, the requests that wait and those that run.
+
+```
+submit ──► Admission ──► PagedBatch (a thread of transformers' continuous batching) ──► Answer
+              ▲  which may start?          │ tokens of each step
+              └── Tiers (a loader thread) ◄┘ who is done with which delta
+```
+
+All decisions are made in the event loop's thread; the two other threads hand their results over to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metier.errors import DeltaError, EngineError, RequestError, ServingError
+from metier.serving.admission import Admission
+from metier.serving.contract import DeltaStatus, EngineStatus, Finish, GeneratedToken, SamplingSettings
+from metier.serving.delta_store import PlacedDelta
+from metier.serving.generation import Answer
+from metier.serving.outcome import Progress
+from metier.serving.paged_batch import BatchRequest, PagedBatch
+from metier.serving.step import NO_DELTA
+from metier.serving.tiers import Tiers
+
+_REAP_SECONDS = 0.005
+"""Between two looks whether a cancelled request is out of the batch."""
+_BASE_KEY = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    answer: Answer
+    prompt_ids: list[int]
+    settings: SamplingSettings
+
+
+@dataclass(slots=True)
+class _Running:
+    answer: Answer
+    progress: Progress
+    is_cancelled: bool = False
+
+
+class Engine:
+    """A `ServingEngine`. Made before the event loop runs; from then on all of it belongs to the loop's thread."""
+
+    def __init__(
+        self,
+        *,
+        make_batch: Callable[[Callable[[list[Any]], None]], PagedBatch],
+        tiers: Tiers[PlacedDelta],
+        max_requests: int,
+        max_waiting: int,
+        max_length: int,
+        eos_token_ids: Sequence[int],
+    ) -> None:
+        """Args:
+        make_batch: from what takes the outputs of a step.
+        tiers: of which the engine is told by `delta_came` and `delta_failed`.
+        max_requests: in one batch.
+        max_waiting: requests beside those.
+        max_length: most tokens of a prompt and its answer together; the cache may hold fewer.
+        eos_token_ids: after any of which an answer is over.
+        """
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._batch = make_batch(lambda outputs: self._in_loop(self._take, outputs))
+        self._tiers = tiers
+        self.max_length = min(max_length, self._batch.max_length)
+        self._admission = Admission(max_waiting=max_waiting)
+        self._max_requests, self._eos_token_ids = max_requests, list(eos_token_ids)
+        self._waiting: dict[str, _Waiting] = {}
+        self._running: dict[str, _Running] = {}
+        self._numbers = itertools.count(1)
+        self._reaper: asyncio.Task[None] | None = None
+        self._is_closing = False
+
+    def start(self) -> None:
+        """Begin to run steps."""
+        self._batch.start()
+
+    def deltas(self) -> list[DeltaStatus]:
+        return self._tiers.deltas()
+
+    def status(self) -> EngineStatus:
+        error = self._batch.error
+        return EngineStatus(
+            is_alive=self._batch.is_alive and not self._is_closing,
+            error=str(error) if error is not None else "the server is shutting down" if self._is_closing else None,
+            num_running=len(self._running),
+            num_waiting=self._admission.num_waiting,
+            cache_used=self._batch.cache_used,
+            delta_bytes=self._tiers.delta_bytes(),
+        )
+
+    def submit(self, prompt_ids: Sequence[int], *, delta: str | None, settings: SamplingSettings) -> Answer:
+        """As `ServingEngine.submit`."""
+        self._loop = asyncio.get_running_loop()
+        self._check_open()
+        self._check_length(len(prompt_ids), settings.max_tokens)
+        request_id = f"request-{next(self._numbers)}"
+        if delta is not None:
+            self._tiers.ask(delta)
+        try:
+            self._admission.add(request_id, delta)
+        except ServingError:
+            if delta is not None:
+                self._tiers.withdraw(delta)
+            raise
+        answer = Answer(request_id, delta, self._cancel)
+        self._waiting[request_id] = _Waiting(answer, list(prompt_ids), settings)
+        self._start_waiting()
+        return answer
+
+    async def load_delta(self, name: str, folder: Path, *, is_pinned: bool = False) -> DeltaStatus:
+        """As `ServingEngine.load_delta`."""
+        self._loop = asyncio.get_running_loop()
+        self._check_open()
+        return await asyncio.wrap_future(self._tiers.load(name, folder, is_pinned=is_pinned))
+
+    async def unload_delta(self, name: str) -> None:
+        """As `ServingEngine.unload_delta`."""
+        self._loop = asyncio.get_running_loop()
+        await asyncio.wrap_future(self._tiers.unload(name))
+
+    async def close(self, *, grace_seconds: float) -> None:
+        """As `ServingEngine.close`."""
+        self._loop, self._is_closing = asyncio.get_running_loop(), True
+        deadline = self._loop.time() + grace_seconds
+        while (self._running or self._waiting) and self._batch.is_alive and self._loop.time() < deadline:
+            await asyncio.sleep(_REAP_SECONDS)
+        waiting = [each.answer for each in self._waiting.values()]
+        for answer in [*waiting, *(each.answer for each in self._running.values())]:
+            self._cancel(answer)
+        await asyncio.to_thread(self._batch.stop)
+        await asyncio.to_thread(self._tiers.close)
+
+    def _start_waiting(self) -> None:
+        """Let those begin whose turn it is and whose deltas are there, and have the others' deltas brought."""
+        with self._tiers.steady() as resident:
+            started = self._admission.next(self._max_requests - len(self._running), resident)
+            handles = [self._acquire(self._waiting[request_id].answer.delta) for request_id in started]
+        for request_id, handle in zip(started, handles, strict=True):
+            self._begin(self._waiting.pop(request_id), handle)
+        self._tiers.prefetch(self._admission.waiting_deltas())
+
+    def _acquire(self, delta: str | None) -> PlacedDelta | None:
+        return None if delta is None else self._tiers.acquire(delta)
+
+    def _begin(self, waiting: _Waiting, handle: PlacedDelta | None) -> None:
+        answer = waiting.answer
+        request = BatchRequest(
+            request_id=answer.request_id,
+            prompt_ids=waiting.prompt_ids,
+            number=NO_DELTA if handle is None else handle.number,
+            key=_BASE_KEY if handle is None else handle.key,
+            settings=waiting.settings,
+            eos_token_ids=self._eos_token_ids,
+        )
+        replaced = {} if handle is None else handle.experts
+        self._running[answer.request_id] = _Running(answer, Progress(request, replaced))
+        try:
+            self._batch.add(request)
+        except ServingError as error:
+            self._leave(answer.request_id, Finish(reason="error", error=str(error)))
+
+    def _take(self, outputs: list[Any]) -> None:
+        """Outputs of a step: tokens for their answers, and the ends of some."""
+        for output in outputs:
+            running = self._running.get(output.request_id)
+            if running is None:
+                continue
+            if running.is_cancelled:
+                # it was added to the batch after its cancellation was read
+                self._batch.cancel(output.request_id)
+            tokens: list[GeneratedToken] = running.progress.new_tokens(output)
+            running.answer.add(tokens)
+            if output.is_finished() or output.error:
+                self._leave(output.request_id, running.progress.finish(output))
+        self._start_waiting()
+
+    def _leave(self, request_id: str, finish: Finish) -> None:
+        """A request is out of the batch: its delta is free of it."""
+        running = self._running.pop(request_id)
+        self._batch.forget(request_id)
+        if running.answer.delta is not None:
+            self._tiers.release(running.answer.delta)
+        running.answer.end(finish)
+
+    def _cancel(self, answer: Answer) -> None:
+        cancelled = Finish(reason="cancelled")
+        if answer.request_id in self._waiting:
+            self._admission.cancel(answer.request_id)
+            self._drop_waiting(answer.request_id, cancelled)
+            self._start_waiting()
+        elif answer.request_id in self._running:
+            self._running[answer.request_id].is_cancelled = True
+            self._batch.cancel(answer.request_id)
+            # to its client it is over; its delta and its place are free once it is out of the batch
+            answer.end(cancelled)
+            if self._reaper is None or self._reaper.done():
+                self._reaper = asyncio.get_running_loop().create_task(self._reap())
+
+    async def _reap(self) -> None:
+        """Cancelled requests end without a word from the batch."""
+        while True:
+            cancelled = [request_id for request_id, each in self._running.items() if each.is_cancelled]
+            for request_id in cancelled:
+                if self._batch.is_gone(request_id) or not self._batch.is_alive:
+                    self._leave(request_id, Finish(reason="cancelled"))
+            if not cancelled:
+                break
+            self._start_waiting()
+            await asyncio.sleep(_REAP_SECONDS)
+
+    def delta_came(self, _: str) -> None:
+        """From the loader's thread: requests may acquire a delta."""
+        self._in_loop(self._start_waiting)
+
+    def delta_failed(self, name: str, error: DeltaError) -> None:
+        """From the loader's thread: a delta could not be loaded."""
+        self._in_loop(self._fail, name, error)
+
+    def _fail(self, delta: str, error: DeltaError) -> None:
+        """A delta could not be loaded: nobody waits for it any more."""
+        for request_id in self._admission.cancel_delta(delta):
+            self._drop_waiting(request_id, Finish(reason="error", error=str(error)))
+        self._start_waiting()
+
+    def _drop_waiting(self, request_id: str, finish: Finish) -> None:
+        waiting = self._waiting.pop(request_id)
+        if waiting.answer.delta is not None:
+            self._tiers.withdraw(waiting.answer.delta)
+        waiting.answer.end(finish)
+
+    def _in_loop(self, function: Callable[..., None], *args: Any) -> None:
+        """From another thread."""
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(function, *args)
+
+    def _check_open(self) -> None:
+        if self._is_closing:
+            raise EngineError("the server is shutting down and takes no new requests. Try again later.")
+        if not self._batch.is_alive:
+            raise EngineError(f"the engine has died: {self._batch.error}. Start the server again.")
+
+    def _check_length(self, num_prompt: int, max_tokens: int) -> None:
+        if num_prompt == 0:
+            raise RequestError("the prompt has no tokens; expected at least one.")
+        if num_prompt + max_tokens > self.max_length:
+            raise RequestError(
+                f"the prompt has {num_prompt} tokens and the answer may have {max_tokens}, but together they are to be "
+                f"{self.max_length} at most. Shorten the prompt, or ask for fewer tokens."
+            )

@@ -1,0 +1,267 @@
+"""transformers' continuous batching for many deltas: its scheduler, paged cache and loop, and whose each token is.
+
+What is put in place of transformers' own parts: the cache (prefixes by delta), the last logits processor (one sampler
+for all settings), the router of outputs, and on a CPU the attention. A hook before each forward pass tells the layers
+which token uses which delta.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+from transformers.generation.continuous_batching.initialization import update_cb_config_after_cache_creation
+from transformers.generation.continuous_batching.requests import RequestStatus
+from transformers.generation.continuous_batching.scheduler import FIFOScheduler
+
+from metier.errors import ServingError, UnsupportedModelError
+from metier.serving import paged_attention
+from metier.serving.contract import SamplingSettings
+from metier.serving.paged_cache import DeltaCache, cache_config
+from metier.serving.sampling import Draw, RequestSampler
+from metier.serving.step import Step, make_step, running
+
+PAGE_TOKENS = 32
+"""Tokens of a block of the cache: the unit in which prefixes are shared."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchLimits:
+    max_requests: int
+    """In one batch."""
+    max_batch_tokens: int
+    """Of one step: a longer prompt is taken in parts, between which others go on."""
+    cache_tokens: int
+    """Keys and values of so many tokens are kept."""
+
+
+@dataclass(kw_only=True, slots=True)
+class BatchRequest:
+    """One request as the batch sees it."""
+
+    request_id: str
+    prompt_ids: list[int]
+    number: int
+    """Of its delta, as the layers know it."""
+    key: int
+    """Of its delta's weights, as the cache knows them: another one each time that a delta is loaded."""
+    settings: SamplingSettings
+    eos_token_ids: list[int]
+    draw: Draw | None = None
+    num_cached_tokens: int = 0
+    counts: dict[int, Tensor] = field(default_factory=dict)
+    """How often each expert was used, by layer; where that is asked for."""
+
+
+Outputs = Callable[[list[Any]], None]
+"""Takes transformers' outputs of one step, in the thread that runs the model."""
+
+
+class _Router:
+    """Takes the place of transformers' output router."""
+
+    def __init__(self, on_outputs: Outputs) -> None:
+        self._on_outputs = on_outputs
+
+    def deliver(self, output: Any) -> None:
+        self._on_outputs([output])
+
+    def deliver_batch(self, outputs: list[Any]) -> None:
+        self._on_outputs(outputs)
+
+    def fail_and_deliver(self, state: Any, error: Exception) -> None:
+        state.status = RequestStatus.FAILED
+        state.error = str(error)
+        self.deliver(state.to_generation_output())
+
+
+class PagedBatch:
+    """The running batch. `add` and `cancel` may be called from any thread."""
+
+    def __init__(self, model: PreTrainedModel, limits: BatchLimits, on_outputs: Outputs) -> None:
+        self.requests: dict[str, BatchRequest] = {}
+        self._lock = threading.Lock()
+        self._sampler = RequestSampler()
+        self._model = model
+        self._former_attention: str = model.config._attn_implementation
+        self._manager = _manager(model, limits)
+        processors = self._manager.logit_processor
+        processors.logits_processor.append(self._sampler)
+        processors.tensors_required, processors.do_processing = 1, True
+        self._manager.output_router = _Router(on_outputs)
+        self._manager.batch_processor = self._processor()
+        self._entered: AbstractContextManager[Step] | None = None
+        self._hooks = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, always_call=True),
+        ]
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of one request that the cache can hold."""
+        cache = self._manager.batch_processor.cache
+        return int(cache.max_tokens_read)
+
+    @property
+    def cache_used(self) -> float:
+        """Share of the cache's blocks that running requests hold."""
+        return 1.0 - float(self._manager.batch_processor.cache.compute_free_capacity())
+
+    @property
+    def is_alive(self) -> bool:
+        return bool(self._manager.is_running()) and self.error is None
+
+    @property
+    def error(self) -> Exception | None:
+        """What the loop died of."""
+        error: Exception | None = self._manager.background_thread_status.fatal_error
+        return error
+
+    def start(self) -> None:
+        self._manager.start()
+
+    def stop(self) -> None:
+        """End the loop after the running step; requests that are not done fail."""
+        self._manager.stop(block=True, hard_stop=True)
+        for hook in self._hooks:
+            hook.remove()
+        self._model.set_attn_implementation(self._former_attention)
+
+    def add(self, request: BatchRequest) -> None:
+        """Let a request take part from the next step on.
+
+        Raises:
+            ServingError: the loop has ended.
+        """
+        request.draw = self._sampler.add(request.request_id, request.settings)
+        with self._lock:
+            self.requests[request.request_id] = request
+        added = self._manager.add_request(
+            request.prompt_ids,
+            request_id=request.request_id,
+            max_new_tokens=request.settings.max_tokens,
+            streaming=True,
+            eos_token_id=request.eos_token_ids or -1,
+        )
+        if added is None:
+            self.forget(request.request_id)
+            raise ServingError("the engine's loop has ended; no request can be added. Start the server again.")
+
+    def cancel(self, request_id: str) -> None:
+        """Take a request out before the next step. No output says so; see `is_gone`."""
+        self._manager.cancel_request(request_id)
+
+    def is_gone(self, request_id: str) -> bool:
+        """Whether no step that begins from now on has the request in it, and none that runs either."""
+        scheduler = self._manager.batch_processor.scheduler
+        waits = any(state.request_id == request_id for state in list(self._manager.input_queue.queue))
+        return not (waits or request_id in scheduler.active_requests or request_id in scheduler.waiting_requests)
+
+    def forget(self, request_id: str) -> None:
+        """A request that is over or gone."""
+        self._sampler.remove(request_id)
+        with self._lock:
+            self.requests.pop(request_id, None)
+
+    def _processor(self) -> ContinuousBatchProcessor:
+        """As the manager makes it, but with our cache."""
+        manager, model = self._manager, self._model
+        config = model.config.get_text_config()
+        cache = DeltaCache(
+            config=cache_config(config),
+            continuous_batching_config=manager.continuous_batching_config,
+            device=model.device,
+            distributed_helper=manager.distributed_helper,
+            dtype=model.dtype,
+            model_supports_logits_to_keep=model._supports_logits_to_keep(),
+        )
+        cache.key_of, cache.on_match = self._key_of, self._note_match
+        manager._use_prefix_sharing = cache.use_prefix_sharing
+        update_cb_config_after_cache_creation(
+            cb_config=manager.continuous_batching_config,
+            num_blocks=cache.num_blocks,
+            max_batch_tokens=cache.max_batch_tokens,
+        )
+        most = manager.continuous_batching_config.max_requests_per_batch
+        return ContinuousBatchProcessor(
+            cache=cache,
+            config=config,
+            generation_config=manager.generation_config,
+            continuous_batching_config=manager.continuous_batching_config,
+            logit_processor=manager.logit_processor,
+            input_queue=manager.input_queue,
+            cancel_queue=manager.cancel_queue,
+            output_router=manager.output_router,
+            background_thread_status=manager.background_thread_status,
+            model_device=model.device,
+            model_dtype=model.dtype,
+            scheduler=FIFOScheduler(cache=cache, safety_margin=None, max_requests_per_batch=most),
+            distributed_helper=manager.distributed_helper,
+        )
+
+    def _key_of(self, request_id: str) -> int:
+        request = self.requests.get(request_id)
+        return 0 if request is None else request.key
+
+    def _note_match(self, request_id: str, num_tokens: int) -> None:
+        request = self.requests.get(request_id)
+        # one that was put back because the cache was full is looked up again, with its answer so far
+        if request is not None and request.draw is not None and not request.draw.has_begun:
+            request.num_cached_tokens = num_tokens
+
+    def _before(self, _: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Tell the layers which token is whose."""
+        if kwargs.get("cache") is None:
+            return
+        states = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
+        requests = [self.requests.get(each.state.request_id) for each in states]
+        parts = [
+            (0 if request is None else request.number, each.query_length)
+            for request, each in zip(requests, states, strict=True)
+        ]
+        self._counted = [r for r in requests if r is not None and r.settings.counts_experts]
+        rows = {r.request_id: row for row, r in enumerate(self._counted)}
+        counted = [None if r is None else rows.get(r.request_id) for r in requests]
+        self._entered = running(make_step(parts, counted=counted, device=self._model.device))
+        self._step = self._entered.__enter__()
+
+    def _after(self, *_: Any) -> None:
+        if self._entered is None:
+            return
+        self._entered.__exit__(None, None, None)
+        self._entered = None
+        for row, request in enumerate(self._counted):
+            for layer, counts in self._step.counts.items():
+                before = request.counts.get(layer)
+                request.counts[layer] = counts[row] if before is None else before + counts[row]
+
+
+def _manager(model: PreTrainedModel, limits: BatchLimits) -> Any:
+    """transformers' own, not started: it is given other parts first."""
+    generation = GenerationConfig(do_sample=False, max_new_tokens=16, eos_token_id=-1, pad_token_id=0)
+    config = ContinuousBatchingConfig(
+        page_size=PAGE_TOKENS,
+        num_blocks=-(-limits.cache_tokens // PAGE_TOKENS),
+        max_batch_tokens=limits.max_batch_tokens,
+        max_requests_per_batch=limits.max_requests,
+        # tokens are drawn by requests' own generators, which a recorded graph cannot do
+        use_cuda_graph=False,
+        use_async_batching=False,
+    )
+    try:
+        manager = model.init_continuous_batching(generation, config)
+    except (AttributeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: transformers' continuous batching does not serve it: {error}.\n"
+            "Serve a merged model with another server (`metier export`)."
+        ) from error
+    if model.device.type == "cpu":
+        paged_attention.register()
+        model.set_attn_implementation(paged_attention.NAME)
+    return manager

@@ -1,0 +1,72 @@
+"""Slots for experts of deltas on the accelerator: one expert of one layer a slot, whoever it belongs to.
+
+Deltas come and go in any order and select different numbers of experts in each layer. A slot is as large as one expert
+and no larger, so nothing is padded to the widest layer and nothing is left over between two deltas.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from metier.errors import ServingError
+
+
+class RowPool:
+    """`num_slots` experts of one shape; thread-safe.
+
+    Attributes:
+        tensors: by the base parameter's name, (num_slots, …) in the layout of the base's stacked parameter.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        num_slots: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Args:
+        shapes: of one expert's parameters, by name.
+        num_slots: on a CPU only slots that were written take memory.
+        """
+        self.slot_bytes = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
+        self.num_slots = num_slots
+        self.tensors = {
+            name: torch.empty(num_slots, *shape, dtype=dtype, device=device) for name, shape in shapes.items()
+        }
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._lock = threading.Lock()
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def take(self, num: int) -> list[int]:
+        """Slots that are nobody's until they are given back.
+
+        Raises:
+            ServingError: there are fewer.
+        """
+        with self._lock:
+            if num > len(self._free):
+                raise ServingError(
+                    f"the pool of delta rows: got {num} experts to place, expected at most {len(self._free)}, as many "
+                    f"of its {self.num_slots} slots are free.\nUnload deltas, or give deltas more memory."
+                )
+            return [self._free.pop() for _ in range(num)]
+
+    def give_back(self, slots: Sequence[int]) -> None:
+        """Free slots. No running request may use them any more."""
+        with self._lock:
+            assert not set(slots) & set(self._free), "a slot is given back once"
+            self._free.extend(reversed(slots))
+
+    def write(self, slot: int, name: str, row: Tensor) -> None:
+        """Put one parameter of one expert in place, cast to the pool's dtype."""
+        self.tensors[name][slot].copy_(row)

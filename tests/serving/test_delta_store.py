@@ -1,0 +1,152 @@
+"""Deltas from their files to where the layers find them, and away again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from metier.deltas.probe import largest_difference
+from metier.errors import CorruptDeltaError, ServingError, VerificationError
+from metier.models.load import LoadedModel
+from metier.models.moe import moe_layers
+from metier.serving.delta_source import read_served_delta
+from metier.serving.delta_store import DeltaStore
+from metier.serving.model_facts import ModelFacts, model_facts
+from metier.serving.self_test import self_test
+from metier.serving.served_delta import ServedDelta
+from metier.serving.step import make_step, running
+from serving.delta_folders import KINDS, base_in, esft_in, merged
+
+PROMPT = [5, 9, 12, 7, 40, 41]
+# float32: the same sums in another order
+TOLERANCE = 1e-4
+
+
+class Ready:
+    """A base that deltas can be placed on."""
+
+    def __init__(self, folder: Path, *, family: str = "mixtral", most_deltas: int = 4) -> None:
+        self.loaded: LoadedModel = base_in(folder, family)
+        self.plain = base_in(folder / "again", family)
+        self.facts: ModelFacts = model_facts(self.loaded.model, "tiny")
+        self.loaded.model.eval()
+        layers = moe_layers(self.loaded.model)
+        self.store = DeltaStore(self.loaded.model, layers, accelerator_bytes=1 << 20, most_deltas=most_deltas)
+
+    def read(self, folder: Path) -> ServedDelta:
+        return read_served_delta(folder, facts=self.facts)
+
+    def logits(self, number: int) -> Tensor:
+        with torch.no_grad(), running(make_step([(number, len(PROMPT))])):
+            out: Tensor = self.loaded.model(torch.tensor([PROMPT]), use_cache=False).logits
+        return out
+
+
+def merged_logits(ready: Ready, folder: Path) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = merged(ready.plain, folder)(torch.tensor([PROMPT]), use_cache=False).logits
+    return out
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["esft", "expert_lora"])
+def test_a_placed_delta_of_experts_says_what_its_merged_model_says(family: str, kind: str, tmp_path: Path) -> None:
+    ready = Ready(tmp_path / "base", family=family)
+    folder = KINDS[kind](tmp_path / "delta", ready.plain)
+    placed = ready.store.place(ready.read(folder))
+    want = merged_logits(ready, folder)
+    assert largest_difference(ready.logits(placed.number), want) < TOLERANCE
+    assert largest_difference(ready.logits(0), want) > 100 * TOLERANCE
+
+
+def test_a_placed_lora_says_what_its_merged_model_says(tmp_path: Path) -> None:
+    ready = Ready(tmp_path / "base")
+    folder = KINDS["lora"](tmp_path / "delta", ready.plain)
+    placed = ready.store.place(ready.read(folder))
+    want = merged_logits(ready, folder)
+    assert largest_difference(ready.logits(placed.number), want) < TOLERANCE
+    assert largest_difference(ready.logits(0), want) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_removed_delta_leaves_nothing_and_its_number_is_used_again(kind: str, tmp_path: Path) -> None:
+    ready = Ready(tmp_path / "base", most_deltas=1)
+    delta = ready.read(KINDS[kind](tmp_path / "delta", ready.plain))
+    base = ready.logits(0)
+    first = ready.store.place(delta)
+    with pytest.raises(ServingError, match="one more delta than can be on the accelerator"):
+        ready.store.place(delta)
+    ready.store.remove(first)
+    assert torch.equal(ready.logits(first.number), base)
+    again = ready.store.place(delta)
+    assert again.number == first.number
+    assert again.key != first.key
+
+
+def test_a_delta_that_is_damaged_while_it_is_placed_leaves_nothing(tmp_path: Path) -> None:
+    ready = Ready(tmp_path / "base", most_deltas=1)
+    folder = esft_in(tmp_path / "delta", ready.plain)
+    good = ready.read(folder)
+
+    class Damaged:
+        """As a `ServedDelta` whose file was altered after its rows had been copied."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(good, name)
+
+        def copy_into(self, destination: object) -> None:
+            good.copy_into(destination)
+            raise CorruptDeltaError("altered")
+
+    pool = next(iter(ready.store._experts.values())).pool
+    free, base = pool.num_free, ready.logits(0)
+    with pytest.raises(CorruptDeltaError, match="altered"):
+        ready.store.place(Damaged())
+    assert pool.num_free == free
+    assert torch.equal(ready.logits(1), base)
+    ready.store.place(good)
+
+
+def test_a_delta_takes_the_bytes_of_its_own_rows(tmp_path: Path) -> None:
+    ready = Ready(tmp_path / "base")
+    layers = moe_layers(ready.plain.model)
+    experts = {layers[0].index: [0, 1, 3], layers[-1].index: [2]}
+    delta = ready.read(esft_in(tmp_path / "delta", ready.plain, experts=experts))
+    pool = next(iter(ready.store._experts.values())).pool
+    before = pool.num_free
+    ready.store.place(delta)
+    assert before - pool.num_free == 4
+    assert 4 * pool.slot_bytes == delta.num_bytes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_self_test_passes_and_leaves_the_base_as_it_was(kind: str, tmp_path: Path) -> None:
+    ready = Ready(tmp_path / "base")
+    delta = ready.read(KINDS[kind](tmp_path / "delta", ready.plain))
+    placed = ready.store.place(delta)
+    base = ready.logits(0)
+    assert self_test(ready.loaded.model, delta, placed.number, "law") < 1e-5
+    assert torch.equal(ready.logits(0), base)
+
+
+def test_the_self_test_sees_a_row_that_is_wrong(tmp_path: Path) -> None:
+    ready = Ready(tmp_path / "base")
+    delta = ready.read(esft_in(tmp_path / "delta", ready.plain))
+    placed = ready.store.place(delta)
+    layer = next(iter(ready.store._experts.values()))
+    layer.pool.tensors["down_proj"][placed.slots[layer.view.index][0]] *= 1.01
+    with pytest.raises(VerificationError, match=r"delta 'law' .*: served, its logits differ from those of its merged"):
+        self_test(ready.loaded.model, delta, placed.number, "law")
+
+
+def test_the_self_test_sees_a_delta_that_is_not_used(tmp_path: Path) -> None:
+    ready = Ready(tmp_path / "base")
+    delta = ready.read(esft_in(tmp_path / "delta", ready.plain))
+    placed = ready.store.place(delta)
+    for layer in ready.store._experts.values():
+        layer.slot_NE[placed.number] = -1
+    with pytest.raises(VerificationError, match="served, its logits differ"):
+        self_test(ready.loaded.model, delta, placed.number, "law")
