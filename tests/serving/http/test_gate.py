@@ -118,10 +118,11 @@ def test_more_requests_than_may_be_answered_at_once_are_told_to_come_again() -> 
     engine = FakeEngine(byte_level(), hold_after=0)
     with served(engine, max_concurrent=2) as address:
         statuses: list[int] = []
-        threads = [
-            threading.Thread(target=lambda: statuses.append(httpx2.post(address + CHAT, json=chat()).status_code))
-            for _ in range(2)
-        ]
+
+        def ask() -> None:
+            statuses.append(httpx2.post(address + CHAT, json=chat(), timeout=30).status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
         for thread in threads:
             thread.start()
         wait_until(lambda: len(engine.generations) == 2)
