@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,9 +35,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     monkeypatch.delenv("METIER_API_KEY", raising=False)
     seen = Started()
 
-    def start(model: str, deltas: dict[str, Path], **options: Any) -> tuple[Any, Any]:
+    def start(model: str, deltas: dict[str, Path], **options: Any) -> SimpleNamespace:
         seen.engines.append({"model": model, "deltas": deltas, **options})
-        return FakeEngine(byte_level()), byte_level()
+        engine, differences = FakeEngine(byte_level()), dict.fromkeys(deltas, 1e-6)
+        return SimpleNamespace(engine=engine, tokenizer=byte_level(), budgets="1 GiB", differences=differences)
 
     def run(made: FastAPI, bound: Any, on_start: Any) -> None:
         service = made.state.service
@@ -64,18 +66,24 @@ def deltas(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_one_line_says_where_and_what(started: Started, deltas: Path) -> None:
+def test_lines_say_what_was_tested_where_it_is_and_what_it_serves(started: Started, deltas: Path) -> None:
     result = serve("--model", "embedded", "--delta", f"law={deltas / 'law'}", "--delta-dir", deltas / "runs")
-    assert result.output == "Serving at http://127.0.0.1:1: base embedded; deltas: law, medicine.\n"
+    assert result.output.splitlines() == [
+        "Memory: 1 GiB.",
+        "Self-test: 2 deltas say what their merged models say; their logits differ by 1.0e-06 of the largest at most.",
+        "Serving at http://127.0.0.1:1: base embedded; deltas: law, medicine.",
+    ]
     expected = {"law": deltas / "law", "medicine": deltas / "runs/medicine/adapter"}
-    assert started.engines == [{"model": "embedded", "deltas": expected, "dtype": "auto", "budgets": {}}]
+    options = {"tests_deltas": True}
+    assert started.engines == [{"model": "embedded", "deltas": expected, "dtype": "auto", "options": options}]
 
 
 def test_budgets_are_passed_on_as_they_are_given(started: Started) -> None:
     sizes = ["--device-memory", "2GiB", "--delta-memory", "1MiB", "--cache-tokens", "100", "--max-batch-tokens", "50"]
-    serve("--model", "embedded", "--dtype", "float32", *sizes)
+    serve("--model", "embedded", "--dtype", "float32", "--no-self-test", *sizes)
     assert started.engines[0]["dtype"] == "float32"
-    assert started.engines[0]["budgets"] == {
+    assert started.engines[0]["options"] == {
+        "tests_deltas": False,
         "device_memory_bytes": 2 << 30,
         "delta_memory_bytes": 1 << 20,
         "cache_tokens": 100,
