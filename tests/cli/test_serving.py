@@ -12,6 +12,7 @@ import pytest
 from fastapi import FastAPI
 from typer.testing import CliRunner
 
+from metier import embedded
 from metier.cli import app
 from metier.cli import serving as verb
 from metier.errors import ConfigError, RequestError, ServingError
@@ -37,8 +38,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
 
     def start(model: str, deltas: dict[str, Path], **options: Any) -> SimpleNamespace:
         seen.engines.append({"model": model, "deltas": deltas, **options})
-        engine, differences = FakeEngine(byte_level()), dict.fromkeys(deltas, 1e-6)
-        return SimpleNamespace(engine=engine, tokenizer=byte_level(), budgets="1 GiB", differences=differences)
+        return SimpleNamespace(
+            engine=FakeEngine(byte_level()),
+            tokenizer=byte_level(),
+            budgets="deltas up to 1 GiB",
+            differences=dict.fromkeys(deltas, 0.001) if options["options"]["tests_deltas"] else {},
+        )
 
     def run(made: FastAPI, bound: Any, on_start: Any) -> None:
         service = made.state.service
@@ -66,24 +71,36 @@ def deltas(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_lines_say_what_was_tested_where_it_is_and_what_it_serves(started: Started, deltas: Path) -> None:
+def test_three_lines_say_what_was_parted_tested_and_started(started: Started, deltas: Path) -> None:
     result = serve("--model", "embedded", "--delta", f"law={deltas / 'law'}", "--delta-dir", deltas / "runs")
-    assert result.output.splitlines() == [
-        "Memory: 1 GiB.",
-        "Self-test: 2 deltas say what their merged models say; their logits differ by 1.0e-06 of the largest at most.",
-        "Serving at http://127.0.0.1:1: base embedded; deltas: law, medicine.",
-    ]
+    assert result.output == (
+        "Memory: deltas up to 1 GiB.\n"
+        "Self-test: each delta (2) says what its merged model says; their logits differ by 1.0e-03 of the largest at most.\n"
+        "Serving at http://127.0.0.1:1: base embedded; deltas: law, medicine.\n"
+    )
     expected = {"law": deltas / "law", "medicine": deltas / "runs/medicine/adapter"}
     options = {"tests_deltas": True}
     assert started.engines == [{"model": "embedded", "deltas": expected, "dtype": "auto", "options": options}]
 
 
+def test_without_a_self_test_nothing_is_said_of_one(started: Started, deltas: Path) -> None:
+    result = serve("--model", "embedded", "--delta", f"law={deltas / 'law'}", "--no-self-test")
+    assert "Self-test" not in result.output
+    assert started.engines[0]["options"] == {"tests_deltas": False}
+
+
+def test_deltas_that_ship_are_served_under_any_name(started: Started) -> None:
+    serve("--model", "embedded", "--delta", "synopsis=embedded:synopsis", "--delta", "slovak=embedded:translate")
+    expected = {"synopsis": embedded.delta_path("synopsis"), "slovak": embedded.delta_path("translate")}
+    assert started.engines[0]["deltas"] == expected
+
+
 def test_budgets_are_passed_on_as_they_are_given(started: Started) -> None:
     sizes = ["--device-memory", "2GiB", "--delta-memory", "1MiB", "--cache-tokens", "100", "--max-batch-tokens", "50"]
-    serve("--model", "embedded", "--dtype", "float32", "--no-self-test", *sizes)
+    serve("--model", "embedded", "--dtype", "float32", *sizes)
     assert started.engines[0]["dtype"] == "float32"
     assert started.engines[0]["options"] == {
-        "tests_deltas": False,
+        "tests_deltas": True,
         "device_memory_bytes": 2 << 30,
         "delta_memory_bytes": 1 << 20,
         "cache_tokens": 100,
@@ -143,6 +160,7 @@ def test_a_folder_is_served_by_its_own_name(started: Started, tmp_path: Path) ->
     ("options", "error", "message"),
     [
         (["--delta", "law"], ConfigError, "--delta: got 'law', expected NAME=FOLDER"),
+        (["--delta", "law=embedded:synopse"], ConfigError, "unknown embedded delta: .* Did you mean 'synopsis'"),
         (["--delta", "law=none"], RequestError, "none: got no such folder, expected a delta's"),
         (["--delta", "law={law}", "--delta", "law={law}"], ConfigError, "got two deltas named 'law'"),
         (["--delta", "embedded={law}"], RequestError, "got 'embedded' as a delta's name, which is the base's"),
