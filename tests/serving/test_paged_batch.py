@@ -116,6 +116,16 @@ def test_a_full_cache_makes_requests_wait_and_loses_none() -> None:
         assert answers[request_id] == greedy(found.merged.get(number, found.plain), prompt)
 
 
+def test_the_longest_request_fits_a_cache_of_layers_of_two_kinds() -> None:
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    found = served("gpt_oss", num_hidden_layers=4, layer_types=kinds, sliding_window=32, max_position_embeddings=2048)
+    limits = BatchLimits(max_requests=16, max_batch_tokens=64, cache_tokens=96)
+    with running_batch(found.model, limits) as batch:
+        prompt = [5 + place % 200 for place in range(batch.paged.max_length - 2)]
+        request = batch.add(prompt, max_tokens=2)
+        assert batch.answers(1)[request.request_id] == greedy(found.plain, prompt, 2)
+
+
 def test_a_cancelled_request_is_out_of_the_batch_and_others_go_on() -> None:
     found = with_deltas("olmoe")
     with running_batch(found.model) as batch:

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.generation.continuous_batching.initialization import update_cb_config_after_cache_creation
+from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import RequestState
 
 from metier.errors import ServingError, UnsupportedModelError
@@ -60,7 +61,7 @@ class PagedBatch:
         self._manager.output_router = Router(self._deliver)
         self._manager.batch_processor = processor = self._processor()
         self._cache: DeltaCache = processor.cache
-        self.max_length = int(self._cache.max_tokens_read)
+        self.max_length = int(infer_max_single_request_tokens(self._cache))
         """Most tokens of one request that the cache can hold."""
         self._loop = self._manager._run_generation_loop
         self._manager._run_generation_loop = self._run
