@@ -52,7 +52,7 @@ def paged_attention(
         pairs = [(query[:, :, q0:q1], key[:, :, k0:k1], value[:, :, k0:k1]) for (q0, q1), (k0, k1) in cuts]
     sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
     out = [_attend(q, k, v, scaling, sliding_window, softcap, sinks) for q, k, v in pairs]
-    return torch.cat(out, dim=2).transpose(1, 2), None
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _attend(
