@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ def test_another_delta_under_the_same_name_shares_no_prefix_with_the_former(worl
     run(engine, body)
 
 
-def test_a_cancelled_answer_ends_at_once_and_frees_its_delta(world: World) -> None:
+def test_a_cancelled_answer_ends_soon_and_frees_its_delta(world: World) -> None:
     engine = world.start("law", max_requests=1)
 
     async def body() -> None:
@@ -168,12 +169,58 @@ def test_a_cancelled_answer_ends_at_once_and_frees_its_delta(world: World) -> No
         last = ask(engine, None)
         waiting.cancel()
         running.cancel()
+        assert await tokens_of(waiting) == []
+        await tokens_of(running)
         assert running.finish is not None
         assert waiting.finish is not None
         assert running.finish.reason == waiting.finish.reason == "cancelled"
-        assert await tokens_of(waiting) == []
+        assert running.num_tokens < 200
         assert await tokens_of(last) == world.greedy(None, PROMPT)
         await asyncio.wait_for(engine.unload_delta("law"), timeout=10)
+
+    run(engine, body)
+
+
+def test_a_cancelled_answer_says_what_it_has_used(world: World) -> None:
+    engine = world.start("law")
+
+    async def body() -> None:
+        await tokens_of(ask(engine, "law", LONG))
+        answer = ask(engine, "law", LONG, max_tokens=100, counts_experts=True)
+        await answer.__aiter__().__anext__()
+        answer.cancel()
+        await tokens_of(answer)
+        assert answer.finish is not None
+        assert answer.finish.reason == "cancelled"
+        assert answer.finish.num_cached_tokens == 128
+        assert answer.finish.experts is not None
+
+    run(engine, body)
+
+
+def test_the_delta_of_a_cancelled_answer_is_held_until_the_batch_knows_that_it_is_cancelled(world: World) -> None:
+    engine = world.start("law")
+    scheduler = engine._batch._manager.batch_processor.scheduler
+    is_read, may_go_on = threading.Event(), threading.Event()
+    add_waiting = scheduler.add_waiting_request
+
+    def slowly(state: Any) -> None:
+        is_read.set()
+        may_go_on.wait(timeout=30)
+        add_waiting(state)
+
+    scheduler.add_waiting_request = slowly
+
+    async def body() -> None:
+        answer = ask(engine, "law")
+        await asyncio.to_thread(is_read.wait, 30)
+        # the request is in no queue of the batch now
+        answer.cancel()
+        await asyncio.sleep(0.1)
+        assert engine.deltas()[0].num_running == 1
+        may_go_on.set()
+        assert len(await tokens_of(answer)) <= 1
+        assert engine.deltas()[0].num_running == 0
 
     run(engine, body)
 
@@ -253,6 +300,43 @@ def test_a_model_that_breaks_ends_every_answer_and_the_engine_says_so(world: Wor
             await asyncio.sleep(0.01)
         with pytest.raises(EngineError, match="the engine has died: the model broke"):
             ask(engine, None)
+
+    run(engine, body)
+
+
+def test_all_who_wait_hear_of_it_when_the_engine_dies(world: World) -> None:
+    engine = world.start("law", max_requests=1)
+    all_asked = threading.Event()
+
+    def broken(*_: Any) -> None:
+        all_asked.wait(timeout=30)
+        raise RuntimeError("the model broke")
+
+    async def body() -> None:
+        engine._batch._model.register_forward_pre_hook(broken)
+        answers = [ask(engine, "law") for _ in range(20)]
+        all_asked.set()
+        await asyncio.gather(*map(tokens_of, answers))
+        assert "the model broke" in str(answers[0].finish)
+        assert {answer.finish.reason for answer in answers if answer.finish is not None} == {"error"}
+        assert engine.status().num_running == engine.status().num_waiting == 0
+
+    run(engine, body)
+
+
+def test_an_engine_that_was_closed_still_says_how_it_is(world: World) -> None:
+    engine = world.start("law", max_requests=1)
+
+    async def body() -> None:
+        answers = [ask(engine, "law", max_tokens=200) for _ in range(3)]
+        await answers[0].__aiter__().__anext__()
+        await engine.close(grace_seconds=0)
+        for answer in answers:
+            await tokens_of(answer)
+        assert {answer.finish.reason for answer in answers if answer.finish is not None} == {"cancelled"}
+        status = engine.status()
+        assert not status.is_alive
+        assert status.num_running == status.num_waiting == 0
 
     run(engine, body)
 

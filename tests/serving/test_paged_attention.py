@@ -93,3 +93,9 @@ def test_without_a_cache_a_row_is_a_whole_sequence() -> None:
         own = (t[row : row + 1] for t in (q, k, v))
         want = reference(*own, window=None, softcap=None, sinks=None)
         torch.testing.assert_close(got[row : row + 1], want, **TOLERANCE)
+
+
+def test_the_output_can_be_viewed_in_another_shape_as_models_do() -> None:
+    q = torch.randn(1, HEADS, 5, SIZE)
+    out, _ = paged_attention(SimpleNamespace(), q, q, q, None)
+    assert out.view(1, 5, HEADS * SIZE).shape == (1, 5, HEADS * SIZE)

@@ -12,8 +12,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from metier.errors import ServingError
 from metier.serving.contract import SamplingSettings
-from metier.serving.paged_batch import BatchLimits, BatchRequest, PagedBatch
+from metier.serving.paged_batch import BatchLimits, PagedBatch
+from metier.serving.paged_requests import BatchRequest
 from serving.served_models import Served, served
 
 LIMITS = BatchLimits(max_requests=16, max_batch_tokens=64, cache_tokens=4096)
@@ -47,7 +49,7 @@ class Batch:
         done: dict[str, list[int]] = {}
         while len(done) < num:
             output = self.outputs.get(timeout=30)
-            assert output.error is None
+            assert output.error in (None, "cancelled")
             if output.is_finished():
                 done[output.request_id] = output.generated_tokens
         return done
@@ -96,10 +98,10 @@ def test_a_prefix_is_found_again_for_its_own_delta_alone() -> None:
     with running_batch(found.model) as batch:
         first = {batch.add(LONG, number).request_id: number for number in (1, 0)}
         answers = batch.answers(2)
-        again = {batch.add(LONG, number).request_id: number for number in (0, 1, 2)}
+        again = [batch.add(LONG, number) for number in (0, 1, 2)]
         answers |= batch.answers(3)
-        cached = {number: batch.paged.requests[each].num_cached_tokens for each, number in again.items()}
-    for request_id, number in (first | again).items():
+    cached = {request.number: request.num_cached_tokens for request in again}
+    for request_id, number in (first | {request.request_id: request.number for request in again}).items():
         assert answers[request_id] == greedy(found.merged.get(number, found.plain), LONG)
     assert cached == {0: 128, 1: 128, 2: 0}
 
@@ -114,20 +116,53 @@ def test_a_full_cache_makes_requests_wait_and_loses_none() -> None:
         assert answers[request_id] == greedy(found.merged.get(number, found.plain), prompt)
 
 
-def test_a_cancelled_request_is_gone_and_others_go_on() -> None:
+def test_the_longest_request_fits_a_cache_of_layers_of_two_kinds() -> None:
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    found = served("gpt_oss", num_hidden_layers=4, layer_types=kinds, sliding_window=32, max_position_embeddings=2048)
+    limits = BatchLimits(max_requests=16, max_batch_tokens=64, cache_tokens=96)
+    with running_batch(found.model, limits) as batch:
+        prompt = [5 + place % 200 for place in range(batch.paged.max_length - 2)]
+        request = batch.add(prompt, max_tokens=2)
+        assert batch.answers(1)[request.request_id] == greedy(found.plain, prompt, 2)
+
+
+def test_a_cancelled_request_is_out_of_the_batch_and_others_go_on() -> None:
     found = with_deltas("olmoe")
     with running_batch(found.model) as batch:
         long = batch.add([5], 1, max_tokens=4000)
         short = batch.add([8], 2)
-        assert not batch.paged.is_gone(long.request_id)
         batch.paged.cancel(long.request_id)
+        output = next(each for each in iter(batch.outputs.get, None) if each.is_finished())
+        assert (output.request_id, output.error) == (long.request_id, "cancelled")
         answers = batch.answers(1)
-        deadline = time.monotonic() + 10
-        while not batch.paged.is_gone(long.request_id) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert batch.paged.is_gone(long.request_id)
+        assert batch.paged.requests == {}
         assert batch.paged.cache_used < 0.2
     assert answers == {short.request_id: greedy(found.merged[2], [8])}
+
+
+def test_every_request_has_a_last_output_when_the_batch_is_stopped() -> None:
+    found = with_deltas("olmoe")
+    with running_batch(found.model) as batch:
+        asked = {batch.add([5], 1, max_tokens=4000).request_id for _ in range(20)}
+        batch.outputs.get(timeout=30)
+        asked |= {batch.add([5], 1, max_tokens=4000).request_id for _ in range(20)}
+    ends = [each.request_id for each in batch.outputs.queue if each.is_finished()]
+    assert sorted(ends) == sorted(asked)
+    with pytest.raises(ServingError, match="the engine's loop has ended"):
+        batch.add([5])
+
+
+def test_a_request_that_a_full_cache_put_back_goes_on_once_the_last_running_one_is_cancelled() -> None:
+    found = with_deltas("olmoe")
+    limits = BatchLimits(max_requests=16, max_batch_tokens=64, cache_tokens=96)
+    with running_batch(found.model, limits) as batch:
+        first, second = batch.add([5, 9], 1, max_tokens=90), batch.add([8], 2, max_tokens=40)
+        while True:
+            output = batch.outputs.get(timeout=30)
+            if output.request_id == first.request_id and len(output.generated_tokens) == 40:
+                break
+        batch.paged.cancel(first.request_id)
+        assert batch.answers(2)[second.request_id] == greedy(found.merged[2], [8], 40)
 
 
 def test_experts_are_counted_over_prompt_and_answer() -> None:

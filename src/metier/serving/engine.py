@@ -24,12 +24,13 @@ from metier.serving.contract import DeltaStatus, EngineStatus, Finish, Generated
 from metier.serving.delta_store import PlacedDelta
 from metier.serving.generation import Answer
 from metier.serving.outcome import Progress
-from metier.serving.paged_batch import BatchRequest, PagedBatch
+from metier.serving.paged_batch import PagedBatch
+from metier.serving.paged_requests import BatchRequest
 from metier.serving.step import NO_DELTA
 from metier.serving.tiers import Tiers
 
-_REAP_SECONDS = 0.005
-"""Between two looks whether a cancelled request is out of the batch."""
+_CLOSE_SECONDS = 0.005
+"""Between two looks whether all requests are over."""
 _BASE_KEY = 0
 
 
@@ -40,11 +41,10 @@ class _Waiting:
     settings: SamplingSettings
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Running:
     answer: Answer
     progress: Progress
-    is_cancelled: bool = False
 
 
 class Engine:
@@ -77,7 +77,6 @@ class Engine:
         self._waiting: dict[str, _Waiting] = {}
         self._running: dict[str, _Running] = {}
         self._numbers = itertools.count(1)
-        self._reaper: asyncio.Task[None] | None = None
         self._is_closing = False
 
     def start(self) -> None:
@@ -133,15 +132,18 @@ class Engine:
         self._loop, self._is_closing = asyncio.get_running_loop(), True
         deadline = self._loop.time() + grace_seconds
         while (self._running or self._waiting) and self._batch.is_alive and self._loop.time() < deadline:
-            await asyncio.sleep(_REAP_SECONDS)
-        waiting = [each.answer for each in self._waiting.values()]
-        for answer in [*waiting, *(each.answer for each in self._running.values())]:
-            self._cancel(answer)
+            await asyncio.sleep(_CLOSE_SECONDS)
+        self._drop_all_waiting(Finish(reason="cancelled"))
+        for request_id in self._running:
+            self._batch.cancel(request_id)
         await asyncio.to_thread(self._batch.stop)
         await asyncio.to_thread(self._tiers.close)
 
     def _start_waiting(self) -> None:
         """Let those begin whose turn it is and whose deltas are there, and have the others' deltas brought."""
+        if not self._batch.is_alive:
+            self._drop_all_waiting(Finish(reason="error", error=f"the engine has died: {self._batch.error}"))
+            return
         with self._tiers.steady() as resident:
             started = self._admission.next(self._max_requests - len(self._running), resident)
             handles = [self._acquire(self._waiting[request_id].answer.delta) for request_id in started]
@@ -175,48 +177,26 @@ class Engine:
             running = self._running.get(output.request_id)
             if running is None:
                 continue
-            if running.is_cancelled:
-                # it was added to the batch after its cancellation was read
-                self._batch.cancel(output.request_id)
             tokens: list[GeneratedToken] = running.progress.new_tokens(output)
             running.answer.add(tokens)
-            if output.is_finished() or output.error:
+            if output.is_finished():
                 self._leave(output.request_id, running.progress.finish(output))
         self._start_waiting()
 
     def _leave(self, request_id: str, finish: Finish) -> None:
         """A request is out of the batch: its delta is free of it."""
         running = self._running.pop(request_id)
-        self._batch.forget(request_id)
         if running.answer.delta is not None:
             self._tiers.release(running.answer.delta)
         running.answer.end(finish)
 
     def _cancel(self, answer: Answer) -> None:
-        cancelled = Finish(reason="cancelled")
         if answer.request_id in self._waiting:
             self._admission.cancel(answer.request_id)
-            self._drop_waiting(answer.request_id, cancelled)
+            self._drop_waiting(answer.request_id, Finish(reason="cancelled"))
             self._start_waiting()
-        elif answer.request_id in self._running:
-            self._running[answer.request_id].is_cancelled = True
+        else:
             self._batch.cancel(answer.request_id)
-            # to its client it is over; its delta and its place are free once it is out of the batch
-            answer.end(cancelled)
-            if self._reaper is None or self._reaper.done():
-                self._reaper = asyncio.get_running_loop().create_task(self._reap())
-
-    async def _reap(self) -> None:
-        """Cancelled requests end without a word from the batch."""
-        while True:
-            cancelled = [request_id for request_id, each in self._running.items() if each.is_cancelled]
-            for request_id in cancelled:
-                if self._batch.is_gone(request_id) or not self._batch.is_alive:
-                    self._leave(request_id, Finish(reason="cancelled"))
-            if not cancelled:
-                break
-            self._start_waiting()
-            await asyncio.sleep(_REAP_SECONDS)
 
     def delta_came(self, _: str) -> None:
         """From the loader's thread: requests may acquire a delta."""
@@ -231,6 +211,11 @@ class Engine:
         for request_id in self._admission.cancel_delta(delta):
             self._drop_waiting(request_id, Finish(reason="error", error=str(error)))
         self._start_waiting()
+
+    def _drop_all_waiting(self, finish: Finish) -> None:
+        for request_id in list(self._waiting):
+            self._admission.cancel(request_id)
+            self._drop_waiting(request_id, finish)
 
     def _drop_waiting(self, request_id: str, finish: Finish) -> None:
         waiting = self._waiting.pop(request_id)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from metier.serving.contract import ExpertUse, Finish, GeneratedToken
-from metier.serving.paged_batch import BatchRequest
+from metier.serving.contract import ExpertUse, Finish, FinishReason, GeneratedToken
+from metier.serving.paged_requests import BatchRequest
 
 
 class Progress:
@@ -31,14 +31,18 @@ class Progress:
 
     def finish(self, output: Any) -> Finish:
         """How the request ended, after its last output."""
-        if output.error:
+        if output.error and not self._request.is_cancelled:
             return Finish(reason="error", error=output.error)
-        tokens, ends = output.generated_tokens, self._request.eos_token_ids
         return Finish(
-            reason="stop" if tokens and tokens[-1] in ends else "length",
+            reason=self._reason(output.generated_tokens),
             num_cached_tokens=self._request.num_cached_tokens,
             experts=self._expert_use() if self._request.settings.counts_experts else None,
         )
+
+    def _reason(self, token_ids: Sequence[int]) -> FinishReason:
+        if self._request.is_cancelled:
+            return "cancelled"
+        return "stop" if token_ids and token_ids[-1] in self._request.eos_token_ids else "length"
 
     def _expert_use(self) -> ExpertUse:
         layers = tuple(sorted(self._request.counts))

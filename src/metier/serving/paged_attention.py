@@ -53,7 +53,7 @@ def paged_attention(
         _attend(own, k, v, scaling, sliding_window, softcap, sinks)
         for own, (k, v) in zip(query.split(sizes, 2), keys_and_values, strict=True)
     ]
-    return torch.cat(out, dim=2).transpose(1, 2), None
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _attend(

@@ -1,30 +1,28 @@
 """transformers' continuous batching for many deltas: its scheduler, paged cache and loop, and whose each token is.
 
 What is put in place of transformers' own parts: the cache (prefixes by delta), the last logits processor (one sampler
-for all settings), the router of outputs, and on a CPU the attention. A hook before each forward pass tells the layers
-which token uses which delta.
+for all settings), the scheduler and the router of outputs (each request has a last output, whatever it ends of), and
+on a CPU the attention. A hook before each forward pass tells the layers which token uses which delta.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.generation.continuous_batching.initialization import update_cb_config_after_cache_creation
-from transformers.generation.continuous_batching.requests import RequestStatus
-from transformers.generation.continuous_batching.scheduler import FIFOScheduler
+from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
+from transformers.generation.continuous_batching.requests import RequestState
 
 from metier.errors import ServingError, UnsupportedModelError
 from metier.serving import paged_attention
-from metier.serving.contract import SamplingSettings
 from metier.serving.paged_cache import DeltaCache, cache_config
-from metier.serving.sampling import Draw, RequestSampler
+from metier.serving.paged_requests import BatchRequest, Outputs, Router, Scheduler, failed
+from metier.serving.sampling import RequestSampler
 from metier.serving.step import Step, make_step, running
 
 PAGE_TOKENS = 128
@@ -42,52 +40,18 @@ class BatchLimits:
     """Keys and values of so many tokens are kept."""
 
 
-@dataclass(kw_only=True, slots=True)
-class BatchRequest:
-    """One request as the batch sees it."""
-
-    request_id: str
-    prompt_ids: list[int]
-    number: int
-    """Of its delta, as the layers know it."""
-    key: int
-    """Of its delta's weights, as the cache knows them: another one each time that a delta is loaded."""
-    settings: SamplingSettings
-    eos_token_ids: list[int]
-    draw: Draw | None = None
-    num_cached_tokens: int = 0
-    counts: dict[int, Tensor] = field(default_factory=dict)
-    """How often each expert was used, by layer; where that is asked for."""
-
-
-Outputs = Callable[[list[Any]], None]
-"""Takes transformers' outputs of one step, in the thread that runs the model."""
-
-
-class _Router:
-    """Takes the place of transformers' output router."""
-
-    def __init__(self, on_outputs: Outputs) -> None:
-        self._on_outputs = on_outputs
-
-    def deliver(self, output: Any) -> None:
-        self._on_outputs([output])
-
-    def deliver_batch(self, outputs: list[Any]) -> None:
-        self._on_outputs(outputs)
-
-    def fail_and_deliver(self, state: Any, error: Exception) -> None:
-        state.status = RequestStatus.FAILED
-        state.error = str(error)
-        self.deliver(state.to_generation_output())
-
-
 class PagedBatch:
-    """The running batch. `add` and `cancel` may be called from any thread."""
+    """The running batch. `add` and `cancel` may be called from any thread.
+
+    Each request that was added has exactly one output that `is_finished()`: after it no step has the request in it, and
+    its delta is free of it. `on_outputs` is called once more, maybe with nothing, when the loop has ended.
+    """
 
     def __init__(self, model: PreTrainedModel, limits: BatchLimits, on_outputs: Outputs) -> None:
         self.requests: dict[str, BatchRequest] = {}
+        self._on_outputs = on_outputs
         self._lock = threading.Lock()
+        self._is_running = False
         self._sampler = RequestSampler()
         self._model = model
         self._former_attention: str = model.config._attn_implementation
@@ -95,8 +59,13 @@ class PagedBatch:
         processors = self._manager.logit_processor
         processors.logits_processor.append(self._sampler)
         processors.tensors_required, processors.do_processing = 1, True
-        self._manager.output_router = _Router(on_outputs)
-        self._manager.batch_processor = self._processor()
+        self._manager.output_router = Router(self._deliver)
+        self._manager.batch_processor = processor = self._processor()
+        self._cache: DeltaCache = processor.cache
+        self.max_length = int(infer_max_single_request_tokens(self._cache))
+        """Most tokens of one request that the cache can hold."""
+        self._loop = self._manager._run_generation_loop
+        self._manager._run_generation_loop = self._run
         self._entered: AbstractContextManager[Step] | None = None
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -104,19 +73,13 @@ class PagedBatch:
         ]
 
     @property
-    def max_length(self) -> int:
-        """Most tokens of one request that the cache can hold."""
-        cache = self._manager.batch_processor.cache
-        return int(cache.max_tokens_read)
-
-    @property
     def cache_used(self) -> float:
         """Share of the cache's blocks that running requests hold."""
-        return 1.0 - float(self._manager.batch_processor.cache.compute_free_capacity())
+        return 1.0 - float(self._cache.compute_free_capacity())
 
     @property
     def is_alive(self) -> bool:
-        return bool(self._manager.is_running()) and self.error is None
+        return self._is_running and self.error is None
 
     @property
     def error(self) -> Exception | None:
@@ -125,6 +88,7 @@ class PagedBatch:
         return error
 
     def start(self) -> None:
+        self._is_running = True
         self._manager.start()
 
     def stop(self) -> None:
@@ -141,31 +105,43 @@ class PagedBatch:
             ServingError: the loop has ended.
         """
         request.draw = self._sampler.add(request.request_id, request.settings)
-        with self._lock:
+        with self._lock:  # so that the loop does not end between the two
             self.requests[request.request_id] = request
-        added = self._manager.add_request(
-            request.prompt_ids,
-            request_id=request.request_id,
-            max_new_tokens=request.settings.max_tokens,
-            streaming=True,
-            eos_token_id=request.eos_token_ids or -1,
-        )
-        if added is None:
-            self.forget(request.request_id)
+            is_added = self._is_running and self._manager.add_request(
+                request.prompt_ids,
+                request_id=request.request_id,
+                max_new_tokens=request.settings.max_tokens,
+                streaming=True,
+                eos_token_id=request.eos_token_ids or -1,
+            )
+        if not is_added:
+            self._forget(request.request_id)
             raise ServingError("the engine's loop has ended; no request can be added. Start the server again.")
 
     def cancel(self, request_id: str) -> None:
-        """Take a request out before the next step. No output says so; see `is_gone`."""
-        self._manager.cancel_request(request_id)
+        """Take a request out before the next step; nothing happens if it is over."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            request.is_cancelled = True
 
-    def is_gone(self, request_id: str) -> bool:
-        """Whether no step that begins from now on has the request in it, and none that runs either."""
-        scheduler = self._manager.batch_processor.scheduler
-        waits = any(state.request_id == request_id for state in list(self._manager.input_queue.queue))
-        return not (waits or request_id in scheduler.active_requests or request_id in scheduler.waiting_requests)
+    def _run(self) -> None:
+        """transformers' loop. Whatever it ends of, nobody goes on waiting for an output."""
+        try:
+            self._loop()
+        finally:
+            with self._lock:
+                self._is_running = False
+                left = list(self.requests.values())
+            error = self.error or RuntimeError("the engine's loop has ended")
+            self._deliver([failed(RequestState(each.request_id, each.prompt_ids), error) for each in left])
 
-    def forget(self, request_id: str) -> None:
-        """A request that is over or gone."""
+    def _deliver(self, outputs: list[Any]) -> None:
+        for output in outputs:
+            if output.is_finished():
+                self._forget(output.request_id)
+        self._on_outputs(outputs)
+
+    def _forget(self, request_id: str) -> None:
         self._sampler.remove(request_id)
         with self._lock:
             self.requests.pop(request_id, None)
@@ -202,18 +178,18 @@ class PagedBatch:
             background_thread_status=manager.background_thread_status,
             model_device=model.device,
             model_dtype=model.dtype,
-            scheduler=FIFOScheduler(cache=cache, safety_margin=None, max_requests_per_batch=most),
+            scheduler=Scheduler(cache, most, self.requests, manager.output_router),
             distributed_helper=manager.distributed_helper,
         )
 
     def _key_of(self, request_id: str) -> int:
-        request = self.requests.get(request_id)
-        return 0 if request is None else request.key
+        return self.requests[request_id].key
 
     def _note_match(self, request_id: str, num_tokens: int) -> None:
-        request = self.requests.get(request_id)
+        request = self.requests[request_id]
+        assert request.draw is not None, "set before it was added"
         # one that was put back because the cache was full is looked up again, with its answer so far
-        if request is not None and request.draw is not None and not request.draw.has_begun:
+        if not request.draw.has_begun:
             request.num_cached_tokens = num_tokens
 
     def _before(self, _: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -221,14 +197,11 @@ class PagedBatch:
         if kwargs.get("cache") is None:
             return
         states = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
-        requests = [self.requests.get(each.state.request_id) for each in states]
-        parts = [
-            (0 if request is None else request.number, each.query_length)
-            for request, each in zip(requests, states, strict=True)
-        ]
-        self._counted = [r for r in requests if r is not None and r.settings.counts_experts]
-        rows = {r.request_id: row for row, r in enumerate(self._counted)}
-        counted = [None if r is None else rows.get(r.request_id) for r in requests]
+        requests = [self.requests[each.state.request_id] for each in states]
+        parts = [(request.number, each.query_length) for request, each in zip(requests, states, strict=True)]
+        self._counted = [request for request in requests if request.settings.counts_experts]
+        rows = {request.request_id: row for row, request in enumerate(self._counted)}
+        counted = [rows.get(request.request_id) for request in requests]
         self._entered = running(make_step(parts, counted=counted, device=self._model.device))
         self._step = self._entered.__enter__()
 
