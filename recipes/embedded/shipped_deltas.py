@@ -1,6 +1,6 @@
 """Put the deltas of two runs into the package: rows in the base's bfloat16, the base by its name instead of a path.
 
-    python recipes/embedded/shipped_deltas.py --runs RUNS    reads RUNS/<task>/adapter, writes src/metier/embedded/deltas/
+    python recipes/embedded/shipped_deltas.py --runs RUNS      reads RUNS/<task>/adapter; writes the package's own
 
 RUNS has the runs of the two `metier train` commands in README.md. They train in float32, which is quicker than bfloat16
 on many CPUs; the embedded model is in bfloat16, so the rows are as well wherever they are used.
