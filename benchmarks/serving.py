@@ -28,8 +28,9 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-NUM_DELTAS, NUM_REQUESTS, NUM_TOKENS = 4, 12, 8
-REPEATS = 1
+NUM_DELTAS, NUM_REQUESTS, NUM_TOKENS = 32, 64, 48
+REPEATS = 3
+PARTS = ("embedded", "olmoe-float32", "memory", "loading")
 RESULTS = Path(__file__).parent / "results" / "serving.md"
 
 
@@ -43,8 +44,9 @@ def start(model: str, folder: Path, names: list[str], **settings):
     return started
 
 
-def prompts(tokenizer) -> list[list[int]]:
-    """Of the embedded tasks' test items."""
+def prompts(started) -> list[list[int]]:
+    """Of the embedded tasks' test items; the OLMoE-shaped model has fewer words, so some stand for others there."""
+    tokenizer, num_words = started.tokenizer, started.engine._batch._model.config.vocab_size
     from metier.data.records import load_records
     from metier.evaluation.tasks import load_task
 
@@ -54,6 +56,7 @@ def prompts(tokenizer) -> list[list[int]]:
             messages = [{"role": m.role, "content": m.content} for m in record.messages[:-1]]
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             found.append(tokenizer(text, add_special_tokens=False).input_ids[:200])
+    found = [[token % num_words for token in prompt] for prompt in found]
     return found[::-1][:NUM_REQUESTS]
 
 
@@ -143,14 +146,12 @@ def throughput(kind: str) -> None:
         else:
             olmoe_deltas(folder, NUM_DELTAS, layers=4, experts_per_layer=6, dtype=kind.split("-")[1])
             model = str(folder / "base")
-        before = resident_bytes()
         started = start(model, folder, names)
-        grown = resident_bytes() - before
         engine = started.engine
         base = bare_model(engine._batch._model)
         merging = Merging(base, folder, names)
         choices: list[str | None] = [None, *names]
-        texts = prompts(started.tokenizer)
+        texts = prompts(started)
         asked = [(prompt, choices[number % len(choices)]) for number, prompt in enumerate(texts)]
         by_name: dict[str | None, list[list[int]]] = {}
         for prompt, name in asked:
@@ -186,7 +187,6 @@ def throughput(kind: str) -> None:
             "wrong": wrong,
             "num_answers": len(asked),
             "delta_bytes": sizes,
-            "grown_bytes": grown,
             "prompt_tokens": sum(map(len, texts)),
         }
     print(json.dumps(line))
@@ -201,6 +201,28 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def memory() -> None:
+    """What the process grows by as deltas go into service one after the other; a line of JSON."""
+    from serving_deltas import olmoe_deltas
+
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        olmoe_deltas(folder, 9, layers=4, experts_per_layer=6, dtype="bfloat16")
+        started = start(str(folder / "base"), folder, ["delta-00"])
+
+        async def measure():
+            points = [(0, resident_bytes())]
+            for number in range(1, 9):
+                status = await started.engine.load_delta(f"new-{number}", folder / f"delta-{number:02d}")
+                points.append((points[-1][0] + status.num_bytes, resident_bytes()))
+            await started.engine.close(grace_seconds=0)
+            return points
+
+        points = asyncio.run(measure())
+    rows, held = points[-1][0], points[-1][1] - points[0][1]
+    print(json.dumps({"kind": "memory", "num_deltas": 8, "rows_bytes": rows, "grown_bytes": held}))
+
+
 def loading() -> None:
     """A delta of 100 MB goes into service while eight answers run; a line of JSON."""
     from serving_deltas import olmoe_deltas
@@ -210,7 +232,7 @@ def loading() -> None:
         olmoe_deltas(folder, 2, layers=4, experts_per_layer=8, dtype="bfloat16")
         started = start(str(folder / "base"), folder, ["delta-00"])
         engine = started.engine
-        texts = prompts(started.tokenizer)[:8]
+        texts = prompts(started)[:8]
 
         async def measure():
             from metier.serving.contract import SamplingSettings
@@ -261,8 +283,9 @@ def loading() -> None:
 
 def write_report(lines: list[dict]) -> None:
     """`benchmarks/results/serving.md`."""
-    ways = [line for line in lines if line["kind"] != "loading"]
-    (load,) = [line for line in lines if line["kind"] == "loading"]
+    by_kind = {line["kind"]: line for line in lines}
+    load, held = by_kind.pop("loading"), by_kind.pop("memory")
+    ways = list(by_kind.values())
     rows = []
     for line in ways:
         rate = {way: statistics.median(rates) for way, rates in line["rates"].items()}
@@ -298,8 +321,9 @@ a layer.
 |-|-|-|
 {chr(10).join(memory)}
 
-A delta takes its rows and a row of each layer's index table, int32 by expert; `tests/serving/test_delta_store.py` holds
-it to that.
+A delta takes its rows, in slots of one expert each, and a row of each layer's index table. {held["num_deltas"]} deltas
+of the OLMoE-shaped model, {held["rows_bytes"] / 1e6:.1f} MB of rows, made the process grow by
+{held["grown_bytes"] / 1e6:.1f} MB: {held["grown_bytes"] / held["rows_bytes"] - 1:+.2%}.
 
 ## Loading while others are answered
 
@@ -317,17 +341,19 @@ def _spread(values: list[float], form: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=["embedded", "olmoe-float32", "olmoe-bfloat16", "loading"])
+    parser.add_argument("part", nargs="?", choices=PARTS)
     part = parser.parse_args().part
     if part == "loading":
         loading()
+    elif part == "memory":
+        memory()
     elif part:
         throughput(part)
     else:
         import subprocess
 
         lines = []
-        for each in ("embedded", "olmoe-float32", "olmoe-bfloat16", "loading"):
+        for each in PARTS:
             done = subprocess.run([sys.executable, __file__, each], capture_output=True, text=True, check=True)
             print(done.stdout.splitlines()[-1], flush=True)
             lines.append(json.loads(done.stdout.splitlines()[-1]))

@@ -14,19 +14,9 @@ from typer.testing import CliRunner
 from metier.cli import app
 from metier.config import RunConfig
 
-VERBS = ("demo", "profile", "select", "train", "evaluate", "inspect", "verify", "merge")
-VERBS += (
-    "serve",
-    "analyse",
-    "import-esft",
-    "export-esft",
-    "compress",
-    "decompress",
-    "compose",
-    "methods",
-    "compare",
-    "search",
-)
+VERBS = ("demo", "profile", "select", "train", "evaluate", "inspect", "verify", "merge", "export")
+VERBS += ("analyse", "import-esft", "export-esft", "compress", "decompress", "compose", "methods", "compare", "search")
+VERBS += ("serve",)
 REQUIRED = ["--model", "embedded", "--dataset", "a.jsonl", "--output_dir", "runs/a"]
 
 

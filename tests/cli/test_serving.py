@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 from typer.testing import CliRunner
 
+from metier import embedded
 from metier.cli import app
 from metier.cli import serving as verb
 from metier.errors import ConfigError, RequestError, ServingError
@@ -34,9 +36,14 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     monkeypatch.delenv("METIER_API_KEY", raising=False)
     seen = Started()
 
-    def start(model: str, deltas: dict[str, Path], **options: Any) -> tuple[Any, Any]:
+    def start(model: str, deltas: dict[str, Path], **options: Any) -> SimpleNamespace:
         seen.engines.append({"model": model, "deltas": deltas, **options})
-        return FakeEngine(byte_level()), byte_level()
+        return SimpleNamespace(
+            engine=FakeEngine(byte_level()),
+            tokenizer=byte_level(),
+            budgets="deltas up to 1 GiB",
+            differences=dict.fromkeys(deltas, 0.001) if options["options"]["tests_deltas"] else {},
+        )
 
     def run(made: FastAPI, bound: Any, on_start: Any) -> None:
         service = made.state.service
@@ -64,18 +71,36 @@ def deltas(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_one_line_says_where_and_what(started: Started, deltas: Path) -> None:
+def test_three_lines_say_what_was_parted_tested_and_started(started: Started, deltas: Path) -> None:
     result = serve("--model", "embedded", "--delta", f"law={deltas / 'law'}", "--delta-dir", deltas / "runs")
-    assert result.output == "Serving at http://127.0.0.1:1: base embedded; deltas: law, medicine.\n"
+    assert result.output == (
+        "Memory: deltas up to 1 GiB.\n"
+        "Self-test: each delta (2) says what its merged model says; their logits differ by 1.0e-03 of the largest at most.\n"
+        "Serving at http://127.0.0.1:1: base embedded; deltas: law, medicine.\n"
+    )
     expected = {"law": deltas / "law", "medicine": deltas / "runs/medicine/adapter"}
-    assert started.engines == [{"model": "embedded", "deltas": expected, "dtype": "auto", "budgets": {}}]
+    options = {"tests_deltas": True}
+    assert started.engines == [{"model": "embedded", "deltas": expected, "dtype": "auto", "options": options}]
+
+
+def test_without_a_self_test_nothing_is_said_of_one(started: Started, deltas: Path) -> None:
+    result = serve("--model", "embedded", "--delta", f"law={deltas / 'law'}", "--no-self-test")
+    assert "Self-test" not in result.output
+    assert started.engines[0]["options"] == {"tests_deltas": False}
+
+
+def test_deltas_that_ship_are_served_under_any_name(started: Started) -> None:
+    serve("--model", "embedded", "--delta", "synopsis=embedded:synopsis", "--delta", "slovak=embedded:translate")
+    expected = {"synopsis": embedded.delta_path("synopsis"), "slovak": embedded.delta_path("translate")}
+    assert started.engines[0]["deltas"] == expected
 
 
 def test_budgets_are_passed_on_as_they_are_given(started: Started) -> None:
     sizes = ["--device-memory", "2GiB", "--delta-memory", "1MiB", "--cache-tokens", "100", "--max-batch-tokens", "50"]
     serve("--model", "embedded", "--dtype", "float32", *sizes)
     assert started.engines[0]["dtype"] == "float32"
-    assert started.engines[0]["budgets"] == {
+    assert started.engines[0]["options"] == {
+        "tests_deltas": True,
         "device_memory_bytes": 2 << 30,
         "delta_memory_bytes": 1 << 20,
         "cache_tokens": 100,
@@ -135,6 +160,7 @@ def test_a_folder_is_served_by_its_own_name(started: Started, tmp_path: Path) ->
     ("options", "error", "message"),
     [
         (["--delta", "law"], ConfigError, "--delta: got 'law', expected NAME=FOLDER"),
+        (["--delta", "law=embedded:synopse"], ConfigError, "unknown embedded delta: .* Did you mean 'synopsis'"),
         (["--delta", "law=none"], RequestError, "none: got no such folder, expected a delta's"),
         (["--delta", "law={law}", "--delta", "law={law}"], ConfigError, "got two deltas named 'law'"),
         (["--delta", "embedded={law}"], RequestError, "got 'embedded' as a delta's name, which is the base's"),

@@ -23,6 +23,13 @@ def test_every_split_of_a_task_is_a_file(name: str, split: str) -> None:
     assert embedded.task_path(name, split).is_file()
 
 
+def test_every_delta_is_named_after_its_task_and_is_a_folder_of_peft() -> None:
+    assert embedded.delta_names() == ("synopsis", "translate")
+    assert set(embedded.delta_names()) <= set(embedded.task_names())
+    for name in embedded.delta_names():
+        assert (embedded.delta_path(name) / "adapter_model.safetensors").is_file()
+
+
 def test_general_text_has_a_folder_and_a_file_a_domain() -> None:
     assert embedded.general_path("prose") == embedded.general_path() / "prose.txt"
     assert embedded.general_path("prose").is_file()
@@ -50,6 +57,14 @@ def test_an_unknown_split_names_the_nearest() -> None:
 def test_an_unknown_domain_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"unknown embedded domain: got 'germn', .* Did you mean 'german'\?"):
         embedded.general_path("germn")
+
+
+def test_an_unknown_delta_names_the_nearest() -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"unknown embedded delta: got 'sinopsis', expected one of synopsis, translate\. Did you mean 'synopsis'\?",
+    ):
+        embedded.delta_path("sinopsis")
 
 
 def test_a_name_that_resembles_nothing_lists_all() -> None:

@@ -75,6 +75,16 @@ def test_a_run_of_bytes_comes_when_it_is_over() -> None:
     assert pieces("sentencepiece_like", [first, second, word]) == ["", "", "ña", ""]
 
 
+def test_a_special_token_between_bytes_does_not_part_them() -> None:
+    first, second, third, special = sentencepiece_like().convert_tokens_to_ids(["<0xE2>", "<0x82>", "<0xAC>", "</s>"])
+    assert pieces("sentencepiece_like", [first, second, special, third]) == ["", "", "", "", "€"]
+
+
+def test_an_id_beyond_the_tokenizer_has_no_text() -> None:
+    word = byte_level().convert_tokens_to_ids("ello")
+    assert pieces("byte_level", [word, 100_000, word]) == ["ello", "", "ello", ""]
+
+
 def test_special_tokens_have_no_text() -> None:
     end = byte_level().convert_tokens_to_ids("<|end|>")
     assert pieces("byte_level", [end, end]) == ["", "", ""]

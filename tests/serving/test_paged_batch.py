@@ -17,8 +17,8 @@ from metier.serving.paged_batch import BatchLimits, BatchRequest, PagedBatch
 from serving.served_models import Served, served
 
 LIMITS = BatchLimits(max_requests=16, max_batch_tokens=64, cache_tokens=4096)
-LONG = list(range(10, 90))
-PROMPTS = [[5, 9, 12, 7], [8], LONG, [61, 62, 63, 64, 65, 66], LONG[:70]]
+LONG = list(range(10, 230))
+PROMPTS = [[5, 9, 12, 7], [8], LONG, [61, 62, 63, 64, 65, 66], LONG[:140]]
 
 
 class Batch:
@@ -101,12 +101,12 @@ def test_a_prefix_is_found_again_for_its_own_delta_alone() -> None:
         cached = {number: batch.paged.requests[each].num_cached_tokens for each, number in again.items()}
     for request_id, number in (first | again).items():
         assert answers[request_id] == greedy(found.merged.get(number, found.plain), LONG)
-    assert cached == {0: 64, 1: 64, 2: 0}
+    assert cached == {0: 128, 1: 128, 2: 0}
 
 
 def test_a_full_cache_makes_requests_wait_and_loses_none() -> None:
     found = with_deltas("olmoe")
-    limits = BatchLimits(max_requests=16, max_batch_tokens=64, cache_tokens=256)
+    limits = BatchLimits(max_requests=16, max_batch_tokens=64, cache_tokens=512)
     with running_batch(found.model, limits) as batch:
         asked = {batch.add(prompt, number).request_id: (number, prompt) for number in (0, 1, 2) for prompt in PROMPTS}
         answers = batch.answers(len(asked))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from metier.serving.stop_strings import StopStrings
@@ -23,6 +23,9 @@ def cut_slowly(text: str, stops: list[str]) -> tuple[str, bool]:
 
 
 @given(st.lists(LETTERS, max_size=8), st.lists(st.text("ab", min_size=1, max_size=5), max_size=4))
+@example(["aaab"], ["aab"])
+@example(["aba", "babb"], ["ababb"])
+@example(["abb"], ["b", "ab"])
 def test_pieces_are_cut_as_the_whole_text_is(pieces: list[str], stops: list[str]) -> None:
     finder = StopStrings(stops)
     given_out = "".join(finder.push(piece) for piece in pieces)

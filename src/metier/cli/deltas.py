@@ -1,4 +1,4 @@
-"""Verbs on what a run leaves behind: inspect, verify, merge, compress, compose, and ESFT's own checkpoints."""
+"""Verbs on what a run leaves behind: inspect, verify, merge, export, compress, compose, ESFT's own checkpoints."""
 
 from __future__ import annotations
 
@@ -17,6 +17,21 @@ class Compression(StrEnum):
     bf16 = "bf16"
     int8 = "int8"
     low_rank = "low_rank"
+
+
+class Target(StrEnum):
+    """What other tools take."""
+
+    merged = "merged"
+    peft_lora = "peft-lora"
+    esft = "esft"
+
+
+class Layout(StrEnum):
+    """How a LoRA on experts is laid out."""
+
+    parameters = "parameters"
+    per_expert = "per-expert"
 
 
 @app.command()
@@ -62,6 +77,36 @@ def merge(
     typer.echo(f"Merged model: {output}")
 
 
+@app.command()
+def export(
+    delta: Delta,
+    base: Base,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    to: Annotated[Target, typer.Option(help="A checkpoint for vLLM, SGLang and others; a LoRA; ESFT's own form.")],
+    layout: Annotated[
+        Layout | None, typer.Option(help="For peft-lora: PEFT's own layout, which is the default, or vLLM's by expert.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="For merged: most bytes of tensors in a file, such as 5GB.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Write a delta in a form that other tools take, and say what was checked."""
+    from metier.deltas.export import export as export_delta
+
+    sentences = export_delta(
+        delta,
+        base,
+        output,
+        to=to.value,
+        layout=None if layout is None else layout.value,
+        max_shard_size=max_shard_size,
+        trust_remote_code=trust_remote_code,
+    )
+    for sentence in sentences:
+        typer.echo(sentence)
+
+
 @app.command("import-esft")
 def import_esft(
     checkpoint: Annotated[Path, typer.Argument(help="Folder with expert_cfg.json and safetensors of ESFT's own code.")],
@@ -83,11 +128,8 @@ def export_esft(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint.")],
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a delta as an adapter checkpoint that ESFT's own code reads."""
-    from metier.deltas.esft_checkpoint import write_esft_checkpoint
-
-    write_esft_checkpoint(delta, base, output, trust_remote_code=trust_remote_code)
-    typer.echo(f"ESFT checkpoint: {output}")
+    """Write a delta as an adapter checkpoint that ESFT's own code reads; the same as `export --to esft`."""
+    export(delta, base, output, to=Target.esft, trust_remote_code=trust_remote_code)
 
 
 @app.command()

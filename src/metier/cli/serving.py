@@ -16,12 +16,17 @@ if TYPE_CHECKING:
     from metier.serving.start import Started
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
+EMBEDDED = "embedded:"
+"""Before the name of a delta that ships with metier, in place of a folder."""
 
 
 @app.command()
 def serve(
     model: Annotated[str, typer.Option("--model", help="The base: a local folder, a hub id, or 'embedded'.")],
-    delta: Annotated[list[str] | None, typer.Option(help="A delta to serve, as NAME=FOLDER; repeat.")] = None,
+    delta: Annotated[
+        list[str] | None,
+        typer.Option(help="A delta to serve, as NAME=FOLDER, or NAME=embedded:DELTA of those that ship; repeat."),
+    ] = None,
     delta_dir: Annotated[
         list[Path] | None,
         typer.Option(help="Serve each delta (or run) in this folder by its folder's name; may be loaded from; repeat."),
@@ -92,8 +97,8 @@ def serve(
     if started.differences:
         worst = max(started.differences.values())
         typer.echo(
-            f"Self-test: {len(started.differences)} deltas say what their merged models say; their logits differ by "
-            f"{worst:.1e} of the largest at most."
+            f"Self-test: each delta ({len(started.differences)}) says what its merged model says; their logits differ "
+            f"by {worst:.1e} of the largest at most."
         )
     named = ", ".join(deltas) or "none yet"
     run(
@@ -135,8 +140,9 @@ def _deltas(base_name: str, named: Sequence[str], folders: Sequence[Path], *, ma
         name, sign, path = text.partition("=")
         if not (name and sign and path):
             raise ConfigError(f"serve: --delta: got {text!r}, expected NAME=FOLDER, such as law=runs/law/adapter.")
-        check_files(Path(path))
-        found.append((name, Path(path)))
+        place = _place(path)
+        check_files(place)
+        found.append((name, place))
     for folder in folders:
         of_folder = deltas_in(folder)
         if not of_folder and not may_be_none:
@@ -149,6 +155,15 @@ def _deltas(base_name: str, named: Sequence[str], folders: Sequence[Path], *, ma
     if twice:
         raise ConfigError(f"serve: got two deltas named {twice[0]!r}, expected each name once.")
     return dict(found)
+
+
+def _place(path: str) -> Path:
+    """The folder of a delta: as it is given, or of one that ships with metier."""
+    if not path.startswith(EMBEDDED):
+        return Path(path)
+    from metier import embedded
+
+    return embedded.delta_path(path.removeprefix(EMBEDDED))
 
 
 def _warn(host: str, settings: HttpSettings) -> None:

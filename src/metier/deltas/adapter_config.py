@@ -48,15 +48,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     Raises:
         CorruptDeltaError: there is no delta, it is of another method, or a value makes no sense.
     """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise _no_delta(folder)
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError, OSError) as error:
-        raise CorruptDeltaError(f"{path}: got no readable JSON ({error}).\n{DAMAGED}") from error
-    if not isinstance(values, dict):
-        raise CorruptDeltaError(f"{path}: got a {type(values).__name__}, expected a JSON object.\n{DAMAGED}")
+    path, values = folder / CONFIG_FILE, _read_json(folder)
     method = values.get("peft_type")
     if method == "MEFT":
         raise CorruptDeltaError(
@@ -89,6 +81,30 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         also_train=_names(path, "also_train", values.get("also_train")),
         whole_modules=_names(path, "whole_modules", values.get("whole_modules")),
     )
+
+
+def adapter_type(folder: Path) -> str:
+    """The `peft_type` of the adapter in `folder`, of ours or of PEFT's own.
+
+    Raises:
+        CorruptDeltaError: there is no adapter, or it does not say what it is.
+    """
+    method = _read_json(folder).get("peft_type")
+    _expect(folder / CONFIG_FILE, "peft_type", method, isinstance(method, str) and bool(method), "a method's name")
+    return str(method)
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise _no_delta(folder)
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise CorruptDeltaError(f"{path}: got no readable JSON ({error}).\n{DAMAGED}") from error
+    if not isinstance(values, dict):
+        raise CorruptDeltaError(f"{path}: got a {type(values).__name__}, expected a JSON object.\n{DAMAGED}")
+    return values
 
 
 def _experts(path: Path, value: Any, num_experts: int | None) -> dict[int, tuple[int, ...]]:

@@ -10,6 +10,8 @@ import yaml
 
 from metier import __version__
 
+Experts = Mapping[int, Sequence[int]]
+"""Expert ids by decoder layer."""
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---(?:\n|\Z)", re.DOTALL)
 
 
@@ -28,7 +30,7 @@ def delta_card(
     *,
     base: str,
     fingerprint: str | None,
-    experts: Mapping[int, Sequence[int]],
+    experts: Experts,
     is_low_rank: bool,
     also_train: Sequence[str],
 ) -> str:
@@ -59,7 +61,7 @@ model = peft.PeftModel.from_pretrained(model, "this folder")
 """
 
 
-def merged_card(*, base: str, fingerprint: str, delta: str, experts: Mapping[int, Sequence[int]], licence: str) -> str:
+def merged_card(*, base: str, fingerprint: str, delta: str, experts: Experts, licence: str) -> str:
     """The card of a merged model's folder."""
     return f"""{_front_matter(base=base, licence=licence, library="transformers")}
 # {base} with an ESFT delta merged in
@@ -76,6 +78,36 @@ Everything else is the base's to the bit. Load it with transformers like any oth
 """
 
 
+def adapter_merged_card(*, base: str, adapter: str, method: str, licence: str) -> str:
+    """The card of a model into which an adapter of another method was merged."""
+    return f"""{_front_matter(base=base, licence=licence, library="transformers")}
+# {base} with a {method} adapter merged in
+
+Load it with transformers like any other model.
+
+- base: `{base}`
+- adapter: `{adapter}`, of PEFT's type {method}
+- licence of the base: {licence}
+- merged by metier {__version__}
+"""
+
+
+def lora_card(*, base: str, fingerprint: str, delta: str, layout: str, rank: int, changed: Experts) -> str:
+    """The card of a delta's folder in the form of a PEFT LoRA."""
+    return f"""{_front_matter(base=base, licence="unknown", library="peft")}
+# LoRA on experts of {base}
+
+Low-rank changes of {sum(map(len, changed.values()))} routed experts, of rank {rank}, in the layout `{layout}`. Experts
+that are not listed are zeros.
+
+- base: `{base}`, fingerprint `{fingerprint}`
+- delta: `{delta}`
+- exported by metier {__version__}
+
+{_table(changed, "changed experts")}
+"""
+
+
 def _front_matter(*, base: str, licence: str, library: str) -> str:
     values: dict[str, object] = {"library_name": library, "base_model": base, "tags": ["metier", "esft"]}
     if licence != "unknown":
@@ -83,6 +115,6 @@ def _front_matter(*, base: str, licence: str, library: str) -> str:
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
 
 
-def _table(experts: Mapping[int, Sequence[int]]) -> str:
+def _table(experts: Experts, heading: str = "replaced experts") -> str:
     lines = [f"| {layer} | {', '.join(map(str, ids))} |" for layer, ids in sorted(experts.items())]
-    return "\n".join(["| layer | replaced experts |", "|---|---|", *lines])
+    return "\n".join([f"| layer | {heading} |", "|---|---|", *lines])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +14,11 @@ from torch import Tensor
 
 from metier.deltas.tensors_file import StoredTensor, parse_header
 from metier.errors import ModelError
+from metier.models.skeleton import OTHER_WEIGHTS
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_NOT_BESIDE = (*OTHER_WEIGHTS, "*.safetensors", "*.index.json", ".*")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -87,3 +91,10 @@ def open_checkpoint(folder: Path) -> CheckpointFiles | None:
             "Download or save the model again."
         ) from error
     return CheckpointFiles(folder, tensors)
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    """Copy what lies beside a checkpoint's weights: configuration, tokenizer, chat template, code, card."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not any(fnmatch.fnmatch(path.name, pattern) for pattern in _NOT_BESIDE):
+            shutil.copyfile(path, target / path.name)

@@ -10,7 +10,6 @@ names and shapes. Only one layer's values are in memory at a time.
 
 from __future__ import annotations
 
-import fnmatch
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,13 +21,10 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from metier.deltas.changes import Rows, changed_parameters, low_rank_change
-from metier.deltas.checkpoint_files import INDEX, CheckpointFiles
+from metier.deltas.checkpoint_files import INDEX, CheckpointFiles, copy_beside
 from metier.deltas.read import Delta
 from metier.models.fingerprint import router_tensors
 from metier.models.moe import MoELayer, moe_layers
-from metier.models.skeleton import OTHER_WEIGHTS
-
-_NOT_COPIED = (*OTHER_WEIGHTS, "*.safetensors", "*.index.json", ".*")
 
 
 class CannotStreamError(Exception):
@@ -81,9 +77,7 @@ def stream_merge(delta: Delta, model: PreTrainedModel, files: CheckpointFiles, f
     """
     for name in (*files.file_names(), *([INDEX] if (files.folder / INDEX).is_file() else [])):
         shutil.copyfile(files.folder / name, folder / name)
-    for path in sorted(files.folder.iterdir()):
-        if path.is_file() and not any(fnmatch.fnmatch(path.name, pattern) for pattern in _NOT_COPIED):
-            shutil.copyfile(path, folder / path.name)
+    copy_beside(files.folder, folder)
     for changes in _by_part(delta, model):
         _write(changes, model, files, folder)
 

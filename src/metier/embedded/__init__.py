@@ -1,4 +1,4 @@
-"""Where the small model, its tasks and the held-out general text lie in the package.
+"""Where the small model, its tasks, two deltas of it and the held-out general text lie in the package.
 
 Torch-free: only paths, checked, so that asking for what is not there says what is. `docs/embedded.md` describes the
 contents; `recipes/embedded/` made them.
@@ -6,6 +6,7 @@ contents; `recipes/embedded/` made them.
 ```
 model/                                    a transformers folder: weights, config, tokenizer, model card
 tasks/<name>/{train,validation,test}.jsonl  records with the source package they come from; task.json names the metrics
+deltas/<name>/                            a delta of the model, trained on the task of that name
 general/<domain>.txt                      held-out text, documents parted by a line `<|endoftext|>`
 general/cloze.jsonl                       {"context", "options", "answer", "domain"}
 general/mix.jsonl                         text and dialogue of pretraining, to mix into a task's records
@@ -23,6 +24,8 @@ from metier.errors import ConfigError, ModelError
 __all__ = [
     "SPLITS",
     "cloze_path",
+    "delta_names",
+    "delta_path",
     "general_domains",
     "general_path",
     "mix_path",
@@ -68,6 +71,24 @@ def task_path(name: str, split: str) -> Path:
     _check("embedded task", name, task_names())
     _check(f"split of the embedded task {name!r}", split, SPLITS)
     return ROOT / "tasks" / name / f"{split}.jsonl"
+
+
+def delta_names() -> tuple[str, ...]:
+    """The embedded deltas, sorted by name; each is named after the task that it was trained on."""
+    return tuple(sorted(path.parent.name for path in (ROOT / "deltas").glob("*/adapter_config.json")))
+
+
+def delta_path(name: str) -> Path:
+    """The folder of a delta of the embedded model, as PEFT and `metier serve` read it.
+
+    Args:
+        name: one of `delta_names()`.
+
+    Raises:
+        ConfigError: there is no such delta.
+    """
+    _check("embedded delta", name, delta_names())
+    return ROOT / "deltas" / name
 
 
 def general_domains() -> tuple[str, ...]:

@@ -25,6 +25,12 @@ def can_follow_contract(model: nn.Module) -> bool:
     return any(type(module).__name__ in _BLOCKS for module in model.modules())
 
 
+def has_replaced_blocks(model: nn.Module) -> bool:
+    """Whether `follow_contract` has replaced a block of `model`, so that transformers alone stacks its experts
+    otherwise."""
+    return any(isinstance(module, Llama4Moe | SwitchMoe) for module in model.modules())
+
+
 def follow_contract(model: nn.Module) -> None:
     """Replace, in place, every MoE block of `model` that is known here; any other model is left as it is.
 

@@ -42,7 +42,7 @@ class ServedExperts(nn.Module):
             view.is_transposed,
             view.experts.get_submodule("post_expert_norm") if view.has_post_expert_norm else None,
         )
-        self._slots = _bank(pool.tensors)
+        self._slots, self._up_name = _bank(pool.tensors), view.parameter_names()[0]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -87,7 +87,8 @@ class ServedExperts(nn.Module):
         layer, bank = self._layer, self._slots
         for first, last in segments(bounds, inputs_TD.device):
             cut, mine = bounds[first : last + 1], slots[first:last]
-            up, down = _weights(bank.up, mine, layer.is_transposed), _weights(bank.down, mine, layer.is_transposed)
+            up = self.pool.matrices(self._up_name, mine, is_transposed=layer.is_transposed)
+            down = self.pool.matrices("down_proj", mine, is_transposed=layer.is_transposed)
             up_PU = grouped_matmul(inputs_TD[order.token_P[cut[0] : cut[-1]]], up, cut)
             if bank.up_bias is not None:
                 up_PU.add_(grouped_repeat(bank.up_bias[mine], cut))
@@ -136,11 +137,6 @@ class ServedExperts(nn.Module):
 def _bank(tensors: dict[str, Tensor]) -> ExpertBank:
     up = "gate_up_proj" if "gate_up_proj" in tensors else "up_proj"
     return ExpertBank(tensors[up], tensors["down_proj"], tensors.get(f"{up}_bias"), tensors.get("down_proj_bias"))
-
-
-def _weights(stack: Tensor, slots: Sequence[int], is_transposed: bool) -> list[Tensor]:
-    """(inputs, outputs) of each slot, as views."""
-    return [stack[slot] if is_transposed else stack[slot].t() for slot in slots]
 
 
 def _summed(out_PD: Tensor, order: PairOrder, weights_TK: Tensor, hidden_TD: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ it is answered independent of who else is in the batch.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,13 +44,15 @@ def paged_attention(
     Without `cache` each row of the batch is a whole sequence, unpadded.
     """
     if cache is None:
-        pairs = [(query, key, value)]
+        keys_and_values = [(key, value)]
     else:
-        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
-        cuts = zip(_cuts(kwargs["cu_seq_lens_q"]), _cuts(kwargs["cu_seq_lens_k"]), strict=True)
-        pairs = [(query[:, :, q0:q1], key[:, :, k0:k1], value[:, :, k0:k1]) for (q0, q1), (k0, k1) in cuts]
+        keys_and_values = cache.store(key, value, layer_idx=module.layer_idx, kwargs=kwargs)
+    sizes = [query.shape[2]] if cache is None else kwargs["cu_seq_lens_q"].diff().tolist()
     sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
-    out = [_attend(q, k, v, scaling, sliding_window, softcap, sinks) for q, k, v in pairs]
+    out = [
+        _attend(own, k, v, scaling, sliding_window, softcap, sinks)
+        for own, (k, v) in zip(query.split(sizes, 2), keys_and_values, strict=True)
+    ]
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
@@ -100,10 +101,6 @@ def _mask(num_queries: int, num_keys: int, window: int | None) -> Tensor:
     """(Q, L) bool: which keys a query sees; the last query is the last key's."""
     seen = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
     return seen if not window else seen.triu(num_keys - num_queries - window + 1)
-
-
-def _cuts(ends: Tensor) -> list[tuple[int, int]]:
-    return list(pairwise(ends.tolist()))
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -27,8 +27,9 @@ from metier.serving.paged_cache import DeltaCache, cache_config
 from metier.serving.sampling import Draw, RequestSampler
 from metier.serving.step import Step, make_step, running
 
-PAGE_TOKENS = 32
-"""Tokens of a block of the cache: the unit in which prefixes are shared."""
+PAGE_TOKENS = 128
+"""Tokens of a block of the cache: the unit in which prefixes are shared. On a CPU the keys and values of a request that
+fits in one are not copied for attention."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.cache_allocators import FULL_ATTENTION
 
 _TOKEN_BITS = 20
 """A vocabulary has fewer than a million entries; the bits above are free in what the cache compares."""
@@ -44,6 +47,7 @@ class DeltaCache(PagedAttentionCache):
     """The key of a request's delta, by the request's id."""
     on_match: Callable[[str, int], None]
     """Is told how many tokens of a request's prompt were found."""
+    _last_spans: tuple[Tensor, list[Callable[[Tensor], Tensor]]] | None = None
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
         num_tokens: int = super().search_prefix_match(request_id, keyed_tokens(prompt_ids, self.key_of(request_id)))
@@ -60,10 +64,56 @@ class DeltaCache(PagedAttentionCache):
         super().mark_complete_blocks(seen, complete_blocks)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]) -> Any:
-        size = value_states.shape[-1]
-        value_states = F.pad(value_states, (0, key_states.shape[-1] - size))
-        keys, values = super().update(key_states, value_states, layer_idx, kwargs)
-        return keys, values[..., :size]
+        keys, values = super().update(key_states, _padded(value_states, key_states), layer_idx, kwargs)
+        return keys, values[..., : value_states.shape[-1]]
+
+    def store(
+        self, key_states: Tensor, value_states: Tensor, *, layer_idx: int, kwargs: dict[str, Any]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Keep the new keys and values of a step, and give each request all of its own, (1, G, L, D) each.
+
+        Of a request that lies in one block they are looked at where they are. The others' are copied one by one, so
+        that a copy is still in the processor's cache when it is read.
+
+        Args:
+            key_states: of all requests' new tokens, (1, G, Q, D).
+            kwargs: what transformers hands to attention.
+        """
+        allocator, size = self.layer_to_allocator[layer_idx], value_states.shape[-1]
+        ends = kwargs["cu_seq_lens_k"][allocator.layer_type]
+        read_index = kwargs["read_index"][allocator.index]
+        if allocator.layer_type != FULL_ATTENTION or not len(read_index):
+            sizes = ends.diff().tolist()
+            both = self.update(key_states, value_states, layer_idx, kwargs)
+            return list(zip(*(states.split(sizes, 2) for states in both), strict=True))
+        kept = allocator._kv_token_views[layer_idx]
+        write_index = kwargs["write_index"][allocator.index]
+        for cached, states in zip(kept, (key_states, _padded(value_states, key_states)), strict=True):
+            cached.index_copy_(0, write_index, states.squeeze(0).transpose(0, 1))
+        return [
+            (of_keys.transpose(0, 1).unsqueeze(0), of_values.transpose(0, 1).unsqueeze(0)[..., :size])
+            for of_keys, of_values in ([span(cached) for cached in kept] for span in self._spans(read_index, ends))
+        ]
+
+    def _spans(self, read_index: Tensor, ends: Tensor) -> list[Callable[[Tensor], Tensor]]:
+        """For each request how to get its tokens, in order, of a layer's cache; the same for all layers of a step."""
+        if self._last_spans is None or self._last_spans[0] is not read_index:
+            parts = read_index.split(ends.diff().tolist())
+            firsts_lasts = torch.stack([part[[0, -1]] for part in parts]).tolist()
+            spans: list[Callable[[Tensor], Tensor]] = [
+                partial(torch.narrow, dim=0, start=first, length=len(part))
+                if last - first == len(part) - 1
+                else partial(torch.index_select, dim=0, index=part)
+                for part, (first, last) in zip(parts, firsts_lasts, strict=True)
+            ]
+            self._last_spans = read_index, spans
+            return spans
+        return self._last_spans[1]
+
+
+def _padded(value_states: Tensor, key_states: Tensor) -> Tensor:
+    """Values as wide as keys, which is what the cache keeps."""
+    return F.pad(value_states, (0, key_states.shape[-1] - value_states.shape[-1]))
 
 
 def cache_config(config: PreTrainedConfig) -> PreTrainedConfig:

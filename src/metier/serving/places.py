@@ -56,7 +56,7 @@ def allowed_folder(path: str, allowed: Sequence[Path]) -> Path:
         f"got {path[:200]!r}, expected a folder inside one that deltas may be read from, without '..'.\n"
         "Start the server with --delta-dir DIR to allow one."
     )
-    if ".." in Path(path).parts or not path:
+    if ".." in Path(path).parts:
         raise refusal
     try:
         roots = [root.resolve() for root in allowed]

@@ -40,6 +40,8 @@ class RowPool:
         self.tensors = {
             name: torch.empty(num_slots, *shape, dtype=dtype, device=device) for name, shape in shapes.items()
         }
+        # made when first used, as there may be many more slots than are ever taken
+        self._matrices: dict[tuple[str, bool, int], Tensor] = {}
         self._free = list(range(num_slots - 1, -1, -1))
         self._lock = threading.Lock()
 
@@ -66,6 +68,17 @@ class RowPool:
         with self._lock:
             assert not set(slots) & set(self._free), "a slot is given back once"
             self._free.extend(reversed(slots))
+
+    def matrices(self, name: str, slots: Sequence[int], *, is_transposed: bool) -> list[Tensor]:
+        """A weight of each slot as (inputs, outputs), where it lies."""
+        found = []
+        for slot in slots:
+            matrix = self._matrices.get((name, is_transposed, slot))
+            if matrix is None:
+                weight = self.tensors[name][slot]
+                matrix = self._matrices[name, is_transposed, slot] = weight if is_transposed else weight.t()
+            found.append(matrix)
+        return found
 
     def write(self, slot: int, name: str, row: Tensor) -> None:
         """Put one parameter of one expert in place, cast to the pool's dtype."""

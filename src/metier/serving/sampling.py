@@ -82,6 +82,8 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):
         for draw in draws:
             draw.has_begun = True
         drawn = [row for row, draw in enumerate(draws) if draw.settings.temperature > 0]
+        if not drawn and all(draw.settings.num_top_logprobs is None for draw in draws):
+            return scores
         chosen_B = scores[: len(draws)].argmax(-1)
         if drawn:
             chosen_B[drawn] = _drawn(scores[drawn], [draws[row] for row in drawn])

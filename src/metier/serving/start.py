@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from metier.errors import DeltaError
+from metier.memory.allocator import keep_memory
 from metier.models.load import load
 from metier.models.moe import is_dense, moe_layers
 from metier.serving.budgets import Budgets, budgets
@@ -67,6 +68,7 @@ def start_engine(
         ServingError: it does not all fit.
     """
     settings = settings or EngineSettings()
+    keep_memory()
     loaded = load(model, dtype=dtype)
     base = loaded.model.eval().requires_grad_(False)
     facts = model_facts(base, loaded.source)

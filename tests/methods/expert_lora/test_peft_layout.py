@@ -73,6 +73,9 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     peft.get_peft_model(tiny_model("deepseek_v2"), peft.LoraConfig(**both)).save_pretrained(tmp_path / "both")
     with pytest.raises(DeltaError, match="the LoRA has target_modules, which"):
         import_peft_lora(tiny_model("deepseek_v2"), tmp_path / "both")
+    whole = peft.get_peft_model(tiny_model("deepseek_v2"), ExpertLoraConfig(experts={1: [2]}, also_train=["router"]))
+    with pytest.raises(DeltaError, match=r"adapter 'default' replaces model\.layers\.1\.mlp\.gate too, which a LoRA"):
+        export_peft_lora(whole, tmp_path / "whole")
     zero = peft.get_peft_model(tiny_model("deepseek_v2"), ExpertLoraConfig(experts={1: [2]}))
     export_peft_lora(zero, tmp_path / "zero")
     with pytest.raises(DeltaError, match="every change is zero"):

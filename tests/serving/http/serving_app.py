@@ -30,6 +30,7 @@ def client_of(engine: FakeEngine | None = None, **settings: Any) -> TestClient:
 def served(engine: FakeEngine, **settings: Any) -> Iterator[str]:
     """The address of a server in a thread."""
     bound = bound_socket("127.0.0.1", 0)
+    settings = {"grace_seconds": 1.0, **settings}
     app = create_app(engine, engine.tokenizer, BASE, HttpSettings(**settings))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, args=([bound],))

@@ -64,9 +64,12 @@ def test_what_was_cached_of_each_prompt_counts_once(client: openai.OpenAI, engin
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_puts_the_prompt_before_the_answer(client: openai.OpenAI, engine: FakeEngine, stream: bool) -> None:
     prompt = engine.tokenizer("Once upon")["input_ids"]
-    created = client.completions.create(model="law", prompt=[prompt], echo=True, stream=stream)  # type: ignore[call-overload]
-    text = "".join(chunk.choices[0].text for chunk in created) if stream else created.choices[0].text
-    assert text == "Once uponAnswer of law."
+    asked = {"model": "law", "prompt": [prompt, [46, 2541]], "n": 2, "echo": True}
+    texts = [""] * 4
+    for part in client.completions.create(stream=True, **asked) if stream else [client.completions.create(**asked)]:
+        for choice in part.choices:
+            texts[choice.index] += choice.text
+    assert texts == [f"{echo}Answer of law." for echo in ("Once upon", "Once upon", "Hello", "Hello")]
 
 
 def test_log_probabilities_are_in_lists(client: openai.OpenAI) -> None:

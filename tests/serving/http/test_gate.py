@@ -93,6 +93,13 @@ def test_a_huge_body_is_refused_while_it_comes(small_address: str, is_streamed: 
     assert response.json()["error"]["message"] == "The body has more than 10000 bytes, which is the most here."
 
 
+def test_a_body_that_says_it_is_huge_is_refused_before_it_comes(small_address: str) -> None:
+    host, port = small_address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 10001\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413")
+
+
 def test_a_body_that_does_not_come_is_refused(small_address: str) -> None:
     host, port = small_address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
@@ -111,10 +118,11 @@ def test_more_requests_than_may_be_answered_at_once_are_told_to_come_again() -> 
     engine = FakeEngine(byte_level(), hold_after=0)
     with served(engine, max_concurrent=2) as address:
         statuses: list[int] = []
-        threads = [
-            threading.Thread(target=lambda: statuses.append(httpx2.post(address + CHAT, json=chat()).status_code))
-            for _ in range(2)
-        ]
+
+        def ask() -> None:
+            statuses.append(httpx2.post(address + CHAT, json=chat(), timeout=30).status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
         for thread in threads:
             thread.start()
         wait_until(lambda: len(engine.generations) == 2)

@@ -98,6 +98,12 @@ def test_an_unknown_field_like_no_other_is_refused(app: TestClient) -> None:
     assert error["message"] == "q" * 60 + ": unknown field."
 
 
+def test_an_unknown_field_that_is_no_text_is_refused(app: TestClient) -> None:
+    body = b'{"model": "law", "messages": [], "\\ud83e": 1}'
+    error = error_of(app.post(CHAT, content=body, headers={"Content-Type": "application/json"}), 400)
+    assert error["param"] == "\\ud83e"
+
+
 def test_an_unknown_field_of_a_message_is_named_with_its_place(app: TestClient) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "user", "content": "a", "contents": "b"}]
     error = error_of(app.post(CHAT, json=chat(messages=messages)), 400)
@@ -210,7 +216,7 @@ def test_the_openai_client_raises_its_own_errors(client: openai.OpenAI) -> None:
     [
         (RequestError("too long"), 400, None),
         (OverloadedError("too many wait"), 429, "overloaded"),
-        (EngineError("the engine has died"), 503, "unavailable"),
+        (EngineError("the engine has died\nTraceback: ..."), 503, "unavailable"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -220,7 +226,7 @@ def test_what_the_engine_refuses_is_told_with_its_status(
     engine = FakeEngine(byte_level(), submit_error=error)
     response = client_of(engine).post(CHAT, json=chat(stream=stream))
     told = error_of(response, status)
-    assert (told["message"], told["code"]) == (str(error), code)
+    assert (told["message"], told["code"]) == (str(error).splitlines()[0], code)
     assert ("retry-after" in response.headers) == (status == 429)
 
 

@@ -58,7 +58,6 @@ class FailedAnswerError(Exception):
 
 
 def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    # ASCII: an error may repeat what the client sent, which need not be writable as UTF-8
     return Response(json.dumps(body), status, headers, media_type="application/json")
 
 
@@ -72,7 +71,8 @@ def as_api_error(error: BaseException) -> ApiError:
         case OverloadedError():
             return overloaded(str(error))
         case EngineError():
-            return unavailable(str(error))
+            # the first line: the rest may be the trace of what the engine died of
+            return unavailable((str(error).strip() or "The engine is not there.").splitlines()[0])
         case RequestError() | DeltaError() | SelectionError() | ServingError():
             return ApiError(400, str(error))
         case FailedAnswerError():

@@ -39,7 +39,9 @@ class CheckedModel(BaseModel):
                 if value is not None and value not in cls.unsupported[name]:
                     raise refused(name, _not_supported(cls.unsupported[name]))
             else:
-                raise refused(str(name)[:_MOST_CHARS], cls._unknown(str(name)[:_MOST_CHARS]))
+                # JSON allows halves of characters, which pydantic's errors cannot hold
+                shown = str(name).encode(errors="backslashreplace").decode()[:_MOST_CHARS]
+                raise refused(shown, cls._unknown(shown))
         return data
 
     @classmethod

@@ -67,7 +67,6 @@ async def _serve(
     def stop() -> None:
         if closing:
             server.force_exit = server.should_exit = True
-            closing[0].cancel()
         else:
             closing.append(asyncio.create_task(_close(server, service)))
 

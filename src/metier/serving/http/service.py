@@ -91,7 +91,7 @@ class Service:
             message = f"The prompt has {len(prompt)} tokens, but this server takes prompts of at most {max_prompt}."
             raise ApiError(400, message, code=TOO_LONG)
         room = max_length - len(prompt)
-        if room < 1 or (request.most_tokens or 1) > room:
+        if (request.most_tokens or 1) > room:
             answer = "" if request.most_tokens is None else f" and its answer may have {request.most_tokens}"
             raise ApiError(
                 400,

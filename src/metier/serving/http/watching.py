@@ -13,13 +13,13 @@ from metier.serving.http.service import Service
 def add_watching(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
+        if service.is_closing:
+            return json_response({"status": "closing", "reason": "the server was told to stop"}, 503)
         status = service.engine.status()
         if not status.is_alive:
             # the first line: the rest may be a traceback
             reason = (status.error or "unknown").strip().splitlines()[0][:300]
             return json_response({"status": "dead", "reason": reason}, 503)
-        if service.is_closing:
-            return json_response({"status": "closing", "reason": "the server was told to stop"}, 503)
         return json_response({"status": "ok"})
 
     @app.get("/metrics")
