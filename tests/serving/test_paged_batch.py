@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,6 +69,13 @@ def greedy(model: PreTrainedModel, prompt: list[int], num: int = 12) -> list[int
     return tokens
 
 
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.001)
+
+
 def with_deltas(family: str) -> Served:
     found = served(family)
     layers = [layer.view.index for layer in found.layers]
@@ -122,12 +129,61 @@ def test_a_cancelled_request_is_gone_and_others_go_on() -> None:
         assert not batch.paged.is_gone(long.request_id)
         batch.paged.cancel(long.request_id)
         answers = batch.answers(1)
-        deadline = time.monotonic() + 10
-        while not batch.paged.is_gone(long.request_id) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert batch.paged.is_gone(long.request_id)
+        wait_until(lambda: batch.paged.is_gone(long.request_id))
         assert batch.paged.cache_used < 0.2
     assert answers == {short.request_id: greedy(found.merged[2], [8])}
+
+
+def test_prefixes_that_are_kept_for_later_take_no_share_of_the_cache() -> None:
+    found = with_deltas("olmoe")
+    with running_batch(found.model) as batch:
+        batch.add(LONG, 1)
+        batch.answers(1)
+        batch.add(LONG, 1, max_tokens=200)
+        first = batch.outputs.get(timeout=30)
+        assert not first.is_finished()
+        assert batch.paged.cache_used > 0
+        batch.answers(1)
+        assert batch.paged.cache_used == 0
+
+
+def test_a_request_that_waits_for_a_full_cache_goes_on_once_the_others_are_cancelled() -> None:
+    found = with_deltas("olmoe")
+    limits = BatchLimits(max_requests=16, max_batch_tokens=64, cache_tokens=512)
+    with running_batch(found.model, limits) as batch:
+        prompts = [LONG + [7] * 30, LONG[50:172]]
+        asked = {batch.add(prompt, 1, max_tokens=100).request_id: prompt for prompt in prompts}
+        scheduler = batch.paged._manager.batch_processor.scheduler
+        # they hold three of four blocks, and each needs another one soon: one has to wait
+        wait_until(lambda: scheduler.block_new_requests)
+        (waits,) = scheduler.waiting_requests
+        (runs,) = asked.keys() - {waits}
+        batch.paged.cancel(runs)
+        wait_until(lambda: batch.paged.is_gone(runs))
+        batch.paged.forget(runs)
+        assert batch.answers(1) == {waits: greedy(found.merged[1], asked[waits], 100)}
+
+
+def test_what_a_forgotten_request_leaves_in_the_cache_is_found_by_nobody() -> None:
+    found = with_deltas("olmoe")
+    with running_batch(found.model) as batch:
+        hook = found.layers[0].register_forward_pre_hook(lambda *_: batch.paged.forget("r1"))
+        batch.add(LONG, 1)
+        batch.answers(1)
+        hook.remove()
+        base = batch.add(LONG, 0)
+        assert batch.answers(1) == {"r2": greedy(found.plain, LONG)}
+        assert base.num_cached_tokens == 0
+
+
+def test_a_batch_that_was_stopped_holds_nothing() -> None:
+    found = with_deltas("olmoe")
+    with running_batch(found.model) as batch:
+        long = batch.add([5], 1, max_tokens=4000)
+        batch.outputs.get(timeout=30)
+    assert not batch.paged.is_alive
+    assert batch.paged.is_gone(long.request_id)
+    assert batch.paged.cache_used == 0
 
 
 def test_experts_are_counted_over_prompt_and_answer() -> None:
@@ -153,10 +209,7 @@ def test_an_error_in_the_model_ends_the_loop_and_every_request() -> None:
         batch.add([5], 1)
         output = batch.outputs.get(timeout=30)
         assert "the model broke" in output.error
-        deadline = time.monotonic() + 10
-        while batch.paged.is_alive and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not batch.paged.is_alive
+        wait_until(lambda: not batch.paged.is_alive)
         assert "the model broke" in str(batch.paged.error)
 
 

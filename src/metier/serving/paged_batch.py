@@ -23,7 +23,7 @@ from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 from metier.errors import ServingError, UnsupportedModelError
 from metier.serving import paged_attention
 from metier.serving.contract import SamplingSettings
-from metier.serving.paged_cache import DeltaCache, cache_config
+from metier.serving.paged_cache import NOBODY, DeltaCache, cache_config
 from metier.serving.sampling import Draw, RequestSampler
 from metier.serving.step import Step, make_step, running
 
@@ -111,8 +111,9 @@ class PagedBatch:
 
     @property
     def cache_used(self) -> float:
-        """Share of the cache's blocks that running requests hold."""
-        return 1.0 - float(self._manager.batch_processor.cache.compute_free_capacity())
+        """Share of the cache's blocks that running requests hold; prefixes that are kept for later make way."""
+        processor = self._manager.batch_processor
+        return 0.0 if processor is None else processor.cache.share_held()
 
     @property
     def is_alive(self) -> bool:
@@ -160,8 +161,12 @@ class PagedBatch:
 
     def is_gone(self, request_id: str) -> bool:
         """Whether no step that begins from now on has the request in it, and none that runs either."""
-        scheduler = self._manager.batch_processor.scheduler
-        waits = any(state.request_id == request_id for state in list(self._manager.input_queue.queue))
+        processor = self._manager.batch_processor
+        if processor is None:  # it was stopped
+            return True
+        with self._manager.input_queue.mutex:
+            waits = any(state.request_id == request_id for state in self._manager.input_queue.queue)
+        scheduler = processor.scheduler
         return not (waits or request_id in scheduler.active_requests or request_id in scheduler.waiting_requests)
 
     def forget(self, request_id: str) -> None:
@@ -169,6 +174,11 @@ class PagedBatch:
         self._sampler.remove(request_id)
         with self._lock:
             self.requests.pop(request_id, None)
+        processor = self._manager.batch_processor
+        if processor is not None:
+            # once the cache was full, transformers lets nobody in before a request has finished: where all that ran
+            # were cancelled, it would be nobody ever again
+            processor.scheduler.block_new_requests = False
 
     def _processor(self) -> ContinuousBatchProcessor:
         """As the manager makes it, but with our cache."""
@@ -208,7 +218,7 @@ class PagedBatch:
 
     def _key_of(self, request_id: str) -> int:
         request = self.requests.get(request_id)
-        return 0 if request is None else request.key
+        return NOBODY if request is None else request.key
 
     def _note_match(self, request_id: str, num_tokens: int) -> None:
         request = self.requests.get(request_id)
