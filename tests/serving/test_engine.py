@@ -178,6 +178,39 @@ def test_a_cancelled_answer_ends_at_once_and_frees_its_delta(world: World) -> No
     run(engine, body)
 
 
+def test_a_cancelled_request_that_was_overlooked_on_its_way_into_the_batch_is_cancelled_there(world: World) -> None:
+    engine = world.start("law")
+
+    async def body() -> None:
+        asked = ask(engine, "law", max_tokens=250)
+        await asked.__aiter__().__anext__()
+        scheduler = engine._batch._manager.batch_processor.scheduler
+        (state,) = scheduler.active_requests.values()
+        engine._batch.cancel = lambda _: None  # type: ignore[method-assign]
+        engine._batch.is_gone = lambda _: True  # type: ignore[method-assign]
+        asked.cancel()
+        while engine.status().num_running:
+            await asyncio.sleep(0.001)
+        del engine._batch.cancel, engine._batch.is_gone
+        while scheduler.active_requests:
+            await asyncio.sleep(0.001)
+        assert state.generated_len() < 200
+
+    run(engine, body)
+
+
+def test_an_engine_that_was_closed_still_says_how_it_stands(world: World) -> None:
+    engine = world.start("law")
+
+    async def body() -> None:
+        ask(engine, "law", max_tokens=250)
+        await engine.close(grace_seconds=0)
+        status = engine.status()
+        assert (status.is_alive, status.num_running, status.num_waiting, status.cache_used) == (False, 0, 0, 0)
+
+    run(engine, body)
+
+
 def test_what_cannot_be_answered_is_refused(world: World) -> None:
     engine = world.start("law", max_requests=1, max_waiting=3)
 

@@ -173,11 +173,11 @@ class Engine:
         """Outputs of a step: tokens for their answers, and the ends of some."""
         for output in outputs:
             running = self._running.get(output.request_id)
+            if (running is None or running.is_cancelled) and not output.is_finished():
+                # it was added to the batch after its cancellation was read, or on its way in while it was looked for
+                self._batch.cancel(output.request_id)
             if running is None:
                 continue
-            if running.is_cancelled:
-                # it was added to the batch after its cancellation was read
-                self._batch.cancel(output.request_id)
             tokens: list[GeneratedToken] = running.progress.new_tokens(output)
             running.answer.add(tokens)
             if output.is_finished() or output.error:
