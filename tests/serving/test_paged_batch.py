@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,6 +69,13 @@ def greedy(model: PreTrainedModel, prompt: list[int], num: int = 12) -> list[int
     out = model.generate(torch.tensor([prompt]), max_new_tokens=num, do_sample=False, eos_token_id=None)
     tokens: list[int] = out[0, len(prompt) :].tolist()
     return tokens
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.001)
 
 
 def with_deltas(family: str) -> Served:
@@ -165,6 +172,19 @@ def test_a_request_that_a_full_cache_put_back_goes_on_once_the_last_running_one_
         assert batch.answers(2)[second.request_id] == greedy(found.merged[2], [8], 40)
 
 
+def test_prefixes_that_are_kept_for_later_take_no_share_of_the_cache() -> None:
+    found = with_deltas("olmoe")
+    with running_batch(found.model) as batch:
+        batch.add(LONG, 1)
+        batch.answers(1)
+        batch.add(LONG, 1, max_tokens=200)
+        first = batch.outputs.get(timeout=30)
+        assert not first.is_finished()
+        assert batch.paged.cache_used > 0
+        batch.answers(1)
+        assert batch.paged.cache_used == 0
+
+
 def test_experts_are_counted_over_prompt_and_answer() -> None:
     found = with_deltas("olmoe")
     with running_batch(found.model) as batch:
@@ -188,10 +208,7 @@ def test_an_error_in_the_model_ends_the_loop_and_every_request() -> None:
         batch.add([5], 1)
         output = batch.outputs.get(timeout=30)
         assert "the model broke" in output.error
-        deadline = time.monotonic() + 10
-        while batch.paged.is_alive and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not batch.paged.is_alive
+        wait_until(lambda: not batch.paged.is_alive)
         assert "the model broke" in str(batch.paged.error)
 
 

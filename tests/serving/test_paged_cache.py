@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from metier.serving.paged_cache import MOST_KEYS, cache_config, keyed_tokens
+from metier.serving.paged_cache import MOST_KEYS, DeltaCache, cache_config, keyed_tokens
 
 TOKENS = st.lists(st.integers(0, 2**20 - 1), min_size=5, max_size=40)
 KEYS = st.integers(0, MOST_KEYS - 1)
@@ -37,3 +40,12 @@ def test_latent_attention_needs_room_for_whole_heads() -> None:
 def test_other_attention_is_read_as_it_is() -> None:
     config = AutoConfig.for_model("olmoe")
     assert cache_config(config) is config
+
+
+def test_a_request_in_several_blocks_is_read_block_by_block() -> None:
+    # four tokens a block, of two layers: the last of ten tokens lies nine places after the first, with others between
+    read_index = torch.tensor([0, 1, 2, 3, 40, 41, 42, 43, 8, 9, 16, 17, 18])
+    ends = torch.tensor([0, 10, 13])
+    spans = DeltaCache._spans(SimpleNamespace(_last_spans=None), read_index, ends, 4)  # type: ignore[arg-type]
+    cached = torch.arange(50)
+    assert [span(cached).tolist() for span in spans] == [read_index[:10].tolist(), read_index[10:].tolist()]

@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 from metier.errors import ServingError, UnsupportedModelError
 from metier.serving import paged_attention
-from metier.serving.paged_cache import DeltaCache, cache_config
+from metier.serving.paged_cache import NOBODY, DeltaCache, cache_config
 from metier.serving.paged_requests import BatchRequest, Outputs, Router, Scheduler, failed
 from metier.serving.sampling import RequestSampler
 from metier.serving.step import Step, make_step, running
@@ -74,8 +74,8 @@ class PagedBatch:
 
     @property
     def cache_used(self) -> float:
-        """Share of the cache's blocks that running requests hold."""
-        return 1.0 - float(self._cache.compute_free_capacity())
+        """Share of the cache's blocks that running requests hold; prefixes that are kept for later make way."""
+        return self._cache.share_held()
 
     @property
     def is_alive(self) -> bool:
@@ -145,6 +145,11 @@ class PagedBatch:
         self._sampler.remove(request_id)
         with self._lock:
             self.requests.pop(request_id, None)
+        processor = self._manager.batch_processor
+        if processor is not None:
+            # once the cache was full, transformers lets nobody in before a request has finished: where all that ran
+            # were cancelled, it would be nobody ever again
+            processor.scheduler.block_new_requests = False
 
     def _processor(self) -> ContinuousBatchProcessor:
         """As the manager makes it, but with our cache."""
@@ -183,7 +188,8 @@ class PagedBatch:
         )
 
     def _key_of(self, request_id: str) -> int:
-        return self.requests[request_id].key
+        request = self.requests.get(request_id)
+        return NOBODY if request is None else request.key
 
     def _note_match(self, request_id: str, num_tokens: int) -> None:
         request = self.requests[request_id]

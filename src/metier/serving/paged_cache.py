@@ -23,6 +23,8 @@ _TOKEN_BITS = 20
 """A vocabulary has fewer than a million entries; the bits above are free in what the cache compares."""
 _KEY_BITS = 31 - _TOKEN_BITS
 MOST_KEYS = 2**48
+NOBODY = MOST_KEYS - 1
+"""The key of requests that are not known any more: it is no delta's, and not the base's."""
 _NUM_DIGITS = -(-48 // _KEY_BITS)
 
 
@@ -48,6 +50,13 @@ class DeltaCache(PagedAttentionCache):
     on_match: Callable[[str, int], None]
     """Is told how many tokens of a request's prompt were found."""
     _last_spans: tuple[Tensor, list[Callable[[Tensor], Tensor]]] | None = None
+
+    def share_held(self) -> float:
+        """Of the blocks, those that requests hold; not those of prefixes that are kept for later."""
+        kept = sum(len(x.ledger.cached_blocks) * x.bytes_per_block for x in self.cache_allocators.values())
+        num_free: int = self.compute_free_capacity(relative=False) + kept
+        num_bytes: int = self.num_sectors * self.bytes_per_sector
+        return max(0.0, 1.0 - num_free / num_bytes)
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
         num_tokens: int = super().search_prefix_match(request_id, keyed_tokens(prompt_ids, self.key_of(request_id)))
@@ -90,21 +99,22 @@ class DeltaCache(PagedAttentionCache):
         write_index = kwargs["write_index"][allocator.index]
         for cached, states in zip(kept, (key_states, _padded(value_states, key_states)), strict=True):
             cached.index_copy_(0, write_index, states.squeeze(0).transpose(0, 1))
+        spans = self._spans(read_index, ends, allocator.tokens_per_page)
         return [
             (of_keys.transpose(0, 1).unsqueeze(0), of_values.transpose(0, 1).unsqueeze(0)[..., :size])
-            for of_keys, of_values in ([span(cached) for cached in kept] for span in self._spans(read_index, ends))
+            for of_keys, of_values in ([span(cached) for cached in kept] for span in spans)
         ]
 
-    def _spans(self, read_index: Tensor, ends: Tensor) -> list[Callable[[Tensor], Tensor]]:
+    def _spans(self, read_index: Tensor, ends: Tensor, block_tokens: int) -> list[Callable[[Tensor], Tensor]]:
         """For each request how to get its tokens, in order, of a layer's cache; the same for all layers of a step."""
         if self._last_spans is None or self._last_spans[0] is not read_index:
             parts = read_index.split(ends.diff().tolist())
-            firsts_lasts = torch.stack([part[[0, -1]] for part in parts]).tolist()
+            firsts = torch.stack([part[0] for part in parts]).tolist()
             spans: list[Callable[[Tensor], Tensor]] = [
                 partial(torch.narrow, dim=0, start=first, length=len(part))
-                if last - first == len(part) - 1
+                if len(part) <= block_tokens
                 else partial(torch.index_select, dim=0, index=part)
-                for part, (first, last) in zip(parts, firsts_lasts, strict=True)
+                for part, first in zip(parts, firsts, strict=True)
             ]
             self._last_spans = read_index, spans
             return spans
