@@ -123,7 +123,7 @@ def install_error_handlers(app: FastAPI) -> None:
 def _http_message(request: Request, error: HTTPException) -> str:
     where = f"{request.method} {request.url.path[:200]}"
     if error.status_code == 404:
-        return f"{where}: there is nothing here. docs/serving.md lists what the server answers."
+        return f"{where}: there is nothing here. docs/serving-api.md lists what the server answers."
     if error.status_code == 405:
         return f"{where}: it is there, but not for this method."
     return f"{where}: {error.detail}"
