@@ -1,4 +1,4 @@
-"""Start an engine: load the base, part the memory, put the deltas into service, test each against its merged model."""
+"""Start an engine: load the base and try it in a batch, part the memory, put the deltas into service, test each one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from metier.errors import DeltaError
 from metier.models.load import load
 from metier.models.moe import is_dense, moe_layers
+from metier.serving.base_self_test import base_self_test
 from metier.serving.budgets import Budgets, budgets
 from metier.serving.delta_source import read_served_delta
 from metier.serving.delta_store import DeltaStore, PlacedDelta
@@ -84,6 +85,7 @@ def start_engine(
         accelerator_bytes=parted.delta_bytes,
         most_deltas=_MOST_DELTAS,
     )
+    base_self_test(base)
     limits = BatchLimits(
         max_requests=settings.max_requests,
         max_batch_tokens=settings.max_batch_tokens,
