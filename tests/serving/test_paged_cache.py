@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
@@ -37,3 +38,8 @@ def test_latent_attention_needs_room_for_whole_heads() -> None:
 def test_other_attention_is_read_as_it_is() -> None:
     config = AutoConfig.for_model("olmoe")
     assert cache_config(config) is config
+
+
+def test_a_vocabulary_that_leaves_no_room_for_keys_is_refused() -> None:
+    with pytest.raises(ValueError, match="its vocabulary has 2,000,000 entries, expected at most 1,048,576"):
+        cache_config(AutoConfig.for_model("olmoe", vocab_size=2_000_000))

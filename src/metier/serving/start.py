@@ -112,6 +112,7 @@ def start_engine(
         max_requests=settings.max_requests,
         max_waiting=settings.max_waiting,
         max_length=positions,
+        num_embeddings=len(base.get_input_embeddings().weight),
         eos_token_ids=_eos_token_ids(base),
     )
     arrivals.engine = engine
