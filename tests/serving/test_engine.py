@@ -20,6 +20,7 @@ from metier.serving.engine import Engine
 from metier.serving.generation import Answer
 from metier.serving.start import EngineSettings, start_engine
 from serving.delta_folders import base_in, esft_in, expert_lora_in, lora_in, merged
+from tiny_models import VOCAB_SIZE
 
 PROMPT, OTHER = [5, 9, 12, 7, 40, 41], [8, 90, 91]
 LONG = list(range(10, 150))
@@ -235,6 +236,9 @@ def test_what_cannot_be_answered_is_refused(world: World) -> None:
             ask(engine, "law", max_tokens=4000)
         with pytest.raises(RequestError, match="the prompt has no tokens"):
             ask(engine, "law", [])
+        for token_id in (-1, VOCAB_SIZE, 2**40):
+            with pytest.raises(RequestError, match=f"the prompt has token {token_id}, but the model's are 0 to 261"):
+                ask(engine, "law", [5, token_id])
         asked = [ask(engine, None, max_tokens=100)]
         with pytest.raises(OverloadedError, match="Try again later"):
             asked.extend(ask(engine, "law") for _ in range(5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,3 +50,8 @@ def test_a_request_in_several_blocks_is_read_block_by_block() -> None:
     spans = DeltaCache._spans(SimpleNamespace(_last_spans=None), read_index, ends, 4)  # type: ignore[arg-type]
     cached = torch.arange(50)
     assert [span(cached).tolist() for span in spans] == [read_index[:10].tolist(), read_index[10:].tolist()]
+
+
+def test_a_vocabulary_that_leaves_no_room_for_keys_is_refused() -> None:
+    with pytest.raises(ValueError, match="its vocabulary has 2,000,000 entries, expected at most 1,048,576"):
+        cache_config(AutoConfig.for_model("olmoe", vocab_size=2_000_000))

@@ -58,6 +58,7 @@ class Engine:
         max_requests: int,
         max_waiting: int,
         max_length: int,
+        num_embeddings: int,
         eos_token_ids: Sequence[int],
     ) -> None:
         """Args:
@@ -66,6 +67,7 @@ class Engine:
         max_requests: in one batch.
         max_waiting: requests beside those.
         max_length: most tokens of a prompt and its answer together; the cache may hold fewer.
+        num_embeddings: tokens that the model knows.
         eos_token_ids: after any of which an answer is over.
         """
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -73,6 +75,7 @@ class Engine:
         self._tiers = tiers
         self.max_length = min(max_length, self._batch.max_length)
         self._admission = Admission(max_waiting=max_waiting)
+        self._num_embeddings = num_embeddings
         self._max_requests, self._eos_token_ids = max_requests, list(eos_token_ids)
         self._waiting: dict[str, _Waiting] = {}
         self._running: dict[str, _Running] = {}
@@ -102,6 +105,7 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         self._check_open()
         self._check_length(len(prompt_ids), settings.max_tokens)
+        self._check_ids(prompt_ids)
         request_id = f"request-{next(self._numbers)}"
         if delta is not None:
             self._tiers.ask(delta)
@@ -243,3 +247,12 @@ class Engine:
                 f"the prompt has {num_prompt} tokens and the answer may have {max_tokens}, but together they are to be "
                 f"{self.max_length} at most. Shorten the prompt, or ask for fewer tokens."
             )
+
+    def _check_ids(self, prompt_ids: Sequence[int]) -> None:
+        """One that has no embedding would end the loop, and every request with it."""
+        for token_id in (min(prompt_ids), max(prompt_ids)):
+            if not 0 <= token_id < self._num_embeddings:
+                raise RequestError(
+                    f"the prompt has token {token_id}, but the model's are 0 to {self._num_embeddings - 1}. Is the "
+                    "tokenizer another model's?"
+                )

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.generation.continuous_batching.initialization import update_cb_config_after_cache_creation
@@ -48,6 +49,10 @@ class PagedBatch:
     """
 
     def __init__(self, model: PreTrainedModel, limits: BatchLimits, on_outputs: Outputs) -> None:
+        """Raises:
+        UnsupportedModelError: it has layers of a kind that the batch does not have.
+        ServingError: the cache does not fit.
+        """
         self.requests: dict[str, BatchRequest] = {}
         self._on_outputs = on_outputs
         self._lock = threading.Lock()
@@ -55,13 +60,21 @@ class PagedBatch:
         self._sampler = RequestSampler()
         self._model = model
         self._former_attention: str = model.config._attn_implementation
-        self._manager = _manager(model, limits)
-        processors = self._manager.logit_processor
-        processors.logits_processor.append(self._sampler)
-        processors.tensors_required, processors.do_processing = 1, True
-        self._manager.output_router = Router(self._deliver)
-        self._manager.batch_processor = processor = self._processor()
-        self._cache: DeltaCache = processor.cache
+        try:
+            self._manager = _manager(model, limits)
+            processors = self._manager.logit_processor
+            processors.logits_processor.append(self._sampler)
+            processors.tensors_required, processors.do_processing = 1, True
+            self._manager.output_router = Router(self._deliver)
+            self._manager.batch_processor = self._processor()
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ServingError(
+                f"serve: a KV cache of {limits.cache_tokens:,} tokens does not fit: {error}.\n"
+                "Give it fewer (--cache-tokens), or a step fewer (--max-batch-tokens)."
+            ) from error
+        except (AttributeError, ValueError, RuntimeError) as error:
+            raise unsupported(model, str(error)) from error
+        self._cache: DeltaCache = self._manager.batch_processor.cache
         self.max_length = int(infer_max_single_request_tokens(self._cache))
         """Most tokens of one request that the cache can hold."""
         self._loop = self._manager._run_generation_loop
@@ -222,6 +235,13 @@ class PagedBatch:
                 request.counts[layer] = counts[row] if before is None else before + counts[row]
 
 
+def unsupported(model: PreTrainedModel, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(model).__name__}: transformers' continuous batching does not serve it: {why.rstrip('.')}.\n"
+        "Serve merged models with another server (`metier export --to merged`)."
+    )
+
+
 def _manager(model: PreTrainedModel, limits: BatchLimits) -> Any:
     """transformers' own, not started: it is given other parts first."""
     generation = GenerationConfig(do_sample=False, max_new_tokens=16, eos_token_id=-1, pad_token_id=0)
@@ -234,13 +254,7 @@ def _manager(model: PreTrainedModel, limits: BatchLimits) -> Any:
         use_cuda_graph=False,
         use_async_batching=False,
     )
-    try:
-        manager = model.init_continuous_batching(generation, config)
-    except (AttributeError, ValueError) as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: transformers' continuous batching does not serve it: {error}.\n"
-            "Serve a merged model with another server (`metier export`)."
-        ) from error
+    manager = model.init_continuous_batching(generation, config)
     if model.device.type == "cpu":
         paged_attention.register()
         model.set_attn_implementation(paged_attention.NAME)

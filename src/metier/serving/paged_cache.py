@@ -127,7 +127,13 @@ def _padded(value_states: Tensor, key_states: Tensor) -> Tensor:
 
 
 def cache_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration as the cache reads it: what multi-head latent attention hands it is wider than `head_dim`."""
+    """The configuration as the cache reads it: what multi-head latent attention hands it is wider than `head_dim`.
+
+    Raises:
+        ValueError: the vocabulary leaves no room for keys.
+    """
+    if config.vocab_size > 2**_TOKEN_BITS:
+        raise ValueError(f"its vocabulary has {config.vocab_size:,} entries, expected at most {2**_TOKEN_BITS:,}")
     nope, rope, value = (getattr(config, f"{name}_head_dim", None) for name in ("qk_nope", "qk_rope", "v"))
     if nope is None or rope is None or value is None:
         return config

@@ -99,7 +99,7 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):
         rows = [row for row, draw in enumerate(draws) if draw.settings.num_top_logprobs is not None]
         if not rows:
             return
-        logprobs_BV = scores_BV[rows].float().log_softmax(-1)
+        logprobs_BV = scores_BV[rows].double().log_softmax(-1)
         own_B = logprobs_BV.gather(-1, chosen_B[rows].unsqueeze(-1)).squeeze(-1).tolist()
         most = max(draws[row].settings.num_top_logprobs or 0 for row in rows)
         top = logprobs_BV.topk(min(most, logprobs_BV.shape[-1]), dim=-1)

@@ -1,4 +1,4 @@
-"""Start an engine: load the base, part the memory, put the deltas into service, test each against its merged model."""
+"""Start an engine: load the base and try it in a batch, part the memory, put the deltas into service, test each one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from metier.errors import DeltaError
 from metier.memory.allocator import keep_memory
 from metier.models.load import load
 from metier.models.moe import is_dense, moe_layers
+from metier.serving.base_self_test import base_self_test
 from metier.serving.budgets import Budgets, budgets
 from metier.serving.delta_source import read_served_delta
 from metier.serving.delta_store import DeltaStore, PlacedDelta
@@ -86,6 +87,7 @@ def start_engine(
         accelerator_bytes=parted.delta_bytes,
         most_deltas=_MOST_DELTAS,
     )
+    base_self_test(base)
     limits = BatchLimits(
         max_requests=settings.max_requests,
         max_batch_tokens=settings.max_batch_tokens,
@@ -112,6 +114,7 @@ def start_engine(
         max_requests=settings.max_requests,
         max_waiting=settings.max_waiting,
         max_length=positions,
+        num_embeddings=len(base.get_input_embeddings().weight),
         eos_token_ids=_eos_token_ids(base),
     )
     arrivals.engine = engine
