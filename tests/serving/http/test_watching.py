@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from metier.errors import OverloadedError
 from serving.fake_engine import FakeEngine
-from serving.http.serving_app import chat, client_of
+from serving.http.serving_app import BASE, chat, client_of
 from serving.made_tokenizers import byte_level
 
 CHAT = "/v1/chat/completions"
@@ -69,6 +69,20 @@ def test_unknown_models_make_no_series(app: TestClient) -> None:
     for number in range(3):
         app.post(CHAT, json=chat(model=f"no-{number}"))
     assert not re.search("no-[0-9]", app.get("/metrics").text)
+
+
+def test_series_of_names_that_are_served_no_more_do_not_pile_up(app: TestClient, engine: FakeEngine) -> None:
+    app.post(CHAT, json=chat(model=BASE))
+    app.post(CHAT, json=chat(model="law"))
+    for number in range(70):
+        engine.names = ["law", f"other-{number}"]
+        app.post(CHAT, json=chat(model=f"other-{number}"))
+    names = {key[1] for key in samples(app) if key[0].endswith(("_total", "_count"))}
+    # what is served, and some more to be seen once more
+    assert names == {BASE, "law", *(f"other-{number}" for number in range(5, 70))}
+    engine.names = ["law", "other-0"]
+    app.post(CHAT, json=chat(model="other-0"))
+    assert samples(app)["metier_requests_total", "other-0", "finished"] == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -20,10 +20,20 @@ _FIRST_TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25)
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 
 
-class Metrics:
-    """`model` is always a name that is served, else clients could make as many series as they like."""
+_MOST_GONE = 64
+"""Names whose series are kept although they are not served any more, so that they are seen once more."""
 
-    def __init__(self, engine: ServingEngine) -> None:
+
+class Metrics:
+    """`model` is always a name that is served, else clients could make as many series as they like.
+
+    A server into which deltas come under ever new names does not keep the series of all of them.
+    """
+
+    def __init__(self, engine: ServingEngine, base_name: str) -> None:
+        self._engine, self._base_name = engine, base_name
+        self._names: dict[str, None] = {}
+        """That have series, in the order in which they came."""
         self._registry = CollectorRegistry()
         self._requests = self._counter("metier_requests", "Requests by how they ended.", "model", "outcome")
         self._prompt = self._counter("metier_prompt_tokens", "Tokens of prompts.", "model")
@@ -32,6 +42,10 @@ class Metrics:
         self._whole = self._histogram("metier_request_seconds", "Whole requests.", _REQUEST_SECONDS)
         self._first = self._histogram("metier_time_to_first_token_seconds", "To first tokens.", _FIRST_TOKEN_SECONDS)
         self._each = self._histogram("metier_time_per_output_token_seconds", "Further tokens, each.", _TOKEN_SECONDS)
+        self._metrics: tuple[Counter | Histogram, ...] = (
+            *(self._requests, self._prompt, self._cached, self._generated),
+            *(self._whole, self._first, self._each),
+        )
         self._registry.register(_EngineCollector(engine))
 
     def text(self) -> bytes:
@@ -40,6 +54,9 @@ class Metrics:
 
     def count_request(self, model: str, outcome: Outcome, *, seconds: float | None = None) -> None:
         """A request that is over; one that was refused took no time."""
+        if model not in self._names:
+            self._names[model] = None
+            self._forget_names()
         self._requests.labels(model, outcome).inc()
         if seconds is not None:
             self._whole.labels(model).observe(seconds)
@@ -54,6 +71,14 @@ class Metrics:
         self._first.labels(model).observe(to_first_token)
         if num_tokens > 1:
             self._each.labels(model).observe((to_last_token - to_first_token) / (num_tokens - 1))
+
+    def _forget_names(self) -> None:
+        served = {self._base_name, *(delta.name for delta in self._engine.deltas())}
+        gone = [name for name in self._names if name not in served]
+        for name in gone[:-_MOST_GONE]:
+            del self._names[name]
+            for metric in self._metrics:
+                metric.remove_by_labels({"model": name})
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, registry=self._registry)

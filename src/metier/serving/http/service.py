@@ -28,7 +28,7 @@ class Service:
         self.encoder = PromptEncoder(tokenizer)
         self.detokenizer = Detokenizer(tokenizer)
         self.spelling = TokenSpelling(tokenizer, self.detokenizer)
-        self.metrics = Metrics(engine)
+        self.metrics = Metrics(engine, base_name)
         self.is_closing = False
         self._closed: asyncio.Task[None] | None = None
 
