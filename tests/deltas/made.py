@@ -24,10 +24,15 @@ FAMILIES = {
 
 
 def made_base(
-    folder: Path, family: str = "deepseek_v2", *, dtype: torch.dtype = torch.float32, seed: int = 0
+    folder: Path,
+    family: str = "deepseek_v2",
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **changes: object,
 ) -> LoadedModel:
     """A base that `metier.load` loaded from `folder`, where it is written first."""
-    model = tiny_model(family, seed=seed, **FAMILIES[family]).to(dtype)
+    model = tiny_model(family, seed=seed, **FAMILIES[family], **changes).to(dtype)
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import peft
@@ -21,8 +21,8 @@ STEP = 0.3
 """By which a value moves: far enough for other tokens to be the likeliest."""
 
 
-def base_in(folder: Path, family: str = "mixtral") -> LoadedModel:
-    return made_base(folder, family)
+def base_in(folder: Path, family: str = "mixtral", **changes: object) -> LoadedModel:
+    return made_base(folder, family, **changes)
 
 
 def esft_in(folder: Path, base: LoadedModel, *, seed: int = 0, experts: dict[int, list[int]] | None = None) -> Path:
@@ -35,9 +35,13 @@ def expert_lora_in(folder: Path, base: LoadedModel, *, seed: int = 0) -> Path:
     return _saved(folder, base, ExpertLoraConfig(experts=experts, r=4, lora_alpha=8), save_delta, seed=seed)
 
 
-def lora_in(folder: Path, base: LoadedModel, *, seed: int = 0) -> Path:
-    config = LoraConfig(target_modules=["q_proj", "o_proj"], r=4, lora_alpha=8)
-    return _saved(folder, base, config, lambda model, path: model.save_pretrained(path), seed=seed)
+def lora_in(
+    folder: Path, base: LoadedModel, *, seed: int = 0, target_modules: Sequence[str] = ("q_proj", "o_proj")
+) -> Path:
+    config = LoraConfig(target_modules=list(target_modules), r=4, lora_alpha=8)
+    return _saved(
+        folder, base, config, lambda model, path: model.save_pretrained(path, save_embedding_layers=False), seed=seed
+    )
 
 
 KINDS: dict[str, Callable[..., Path]] = {"esft": esft_in, "expert_lora": expert_lora_in, "lora": lora_in}

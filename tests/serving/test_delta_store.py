@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from metier.deltas.probe import largest_difference
@@ -18,7 +19,7 @@ from metier.serving.model_facts import ModelFacts, model_facts
 from metier.serving.self_test import self_test
 from metier.serving.served_delta import ServedDelta
 from metier.serving.step import make_step, running
-from serving.delta_folders import KINDS, base_in, esft_in, merged
+from serving.delta_folders import KINDS, base_in, esft_in, lora_in, merged
 
 PROMPT = [5, 9, 12, 7, 40, 41]
 # float32: the same sums in another order
@@ -28,9 +29,9 @@ TOLERANCE = 1e-4
 class Ready:
     """A base that deltas can be placed on."""
 
-    def __init__(self, folder: Path, *, family: str = "mixtral", most_deltas: int = 4) -> None:
-        self.loaded: LoadedModel = base_in(folder, family)
-        self.plain = base_in(folder / "again", family)
+    def __init__(self, folder: Path, *, family: str = "mixtral", most_deltas: int = 4, **changes: object) -> None:
+        self.loaded: LoadedModel = base_in(folder, family, **changes)
+        self.plain = base_in(folder / "again", family, **changes)
         self.facts: ModelFacts = model_facts(self.loaded.model, "tiny")
         self.loaded.model.eval()
         layers = moe_layers(self.loaded.model)
@@ -130,6 +131,19 @@ def test_the_self_test_passes_and_leaves_the_base_as_it_was(kind: str, tmp_path:
     base = ready.logits(0)
     assert self_test(ready.loaded.model, delta, placed.number, "law") < 1e-5
     assert torch.equal(ready.logits(0), base)
+
+
+def test_a_lora_on_the_output_layer_leaves_the_embeddings_as_they_are_where_the_two_are_one(tmp_path: Path) -> None:
+    ready = Ready(tmp_path / "base", tie_word_embeddings=True)
+    model = ready.loaded.model
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    folder = lora_in(tmp_path / "delta", ready.plain, target_modules=["lm_head"])
+    delta = ready.read(folder)
+    placed = ready.store.place(delta)
+    assert self_test(model, delta, placed.number, "law") < 1e-5
+    with torch.no_grad():
+        want = PeftModel.from_pretrained(ready.plain.model, folder)(torch.tensor([PROMPT]), use_cache=False).logits
+    assert largest_difference(ready.logits(placed.number), want) < TOLERANCE
 
 
 def test_the_self_test_sees_a_row_that_is_wrong(tmp_path: Path) -> None:

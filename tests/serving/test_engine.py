@@ -101,6 +101,20 @@ def test_requests_of_all_kinds_of_deltas_are_answered_as_by_their_merged_models(
     assert len({tuple(world.greedy(name, PROMPT)) for name in (None, "law", "code", "thin", "lora")}) == 5
 
 
+def test_a_lora_on_the_output_layer_is_for_its_own_requests_alone(world: World) -> None:
+    world.deltas["head"] = lora_in(world.folder / "head", world.base, seed=5, target_modules=["lm_head", "k_proj"])
+    engine = world.start("head", "law")
+
+    async def body() -> None:
+        asked = [(name, prompt) for prompt in (LONG, PROMPT, OTHER, [4]) for name in ("head", None, "law", "head")]
+        got = await asyncio.gather(*(tokens_of(ask(engine, name, prompt)) for name, prompt in asked))
+        for (name, prompt), tokens in zip(asked, got, strict=True):
+            assert tokens == world.greedy(name, prompt), (name, prompt)
+
+    run(engine, body)
+    assert world.greedy("head", PROMPT) != world.greedy(None, PROMPT)
+
+
 def test_deltas_take_turns_on_an_accelerator_too_small_for_two(world: World) -> None:
     sizes = {status.name: status.num_bytes for status in _statuses(world)}
     engine = world.start("law", "code", delta_memory_bytes=max(sizes.values()))

@@ -37,6 +37,30 @@ def test_temperature_zero_takes_the_likeliest_beside_requests_that_draw() -> Non
     assert set(sequence(None, temperature=0, others=3)) == {4}
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-307, 5e-324])
+def test_a_temperature_near_zero_takes_the_likeliest_too(temperature: float) -> None:
+    assert set(sequence(1, temperature=temperature)) == {4}
+
+
+@pytest.mark.parametrize("broken", [torch.nan, -torch.inf, torch.inf])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_logits_that_are_no_numbers_end_nobody_elses_answer(broken: float, top_p: float) -> None:
+    sampler = RequestSampler()
+    sampler.add("a", SamplingSettings(max_tokens=1, seed=0, top_p=top_p, num_top_logprobs=3))
+    sampler.add("b", SamplingSettings(max_tokens=1, temperature=0))
+    tokens = drawn(sampler, torch.stack([torch.full_like(LOGITS, broken), LOGITS]), ["a", "b"])
+    assert 0 <= tokens[0] < len(LOGITS)
+    assert tokens[1] == 4
+
+
+def test_a_token_that_cannot_come_is_never_drawn() -> None:
+    banned = LOGITS.clone()
+    banned[[0, 3]] = -torch.inf
+    sampler = RequestSampler()
+    sampler.add("a", SamplingSettings(max_tokens=1, temperature=2.0, seed=0))
+    assert {drawn(sampler, banned.unsqueeze(0), ["a"])[0] for _ in range(300)} == {1, 2, 4}
+
+
 def test_the_same_seed_draws_the_same_whoever_else_is_there() -> None:
     alone = sequence(7, temperature=1.0)
     assert sequence(7, temperature=1.0, others=5) == alone

@@ -35,15 +35,21 @@ class ServedLinear(nn.Module):
         self.base_layer = base_layer
         self.loras: dict[int, LinearLora] = {}
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's, at whose dtype some models look before they call a layer."""
+        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return weight
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, inputs: Tensor) -> Tensor:
-        """(…, T, I) → (…, T, O), the leading sizes being 1."""
+        """(…, I) → (…, O): rows of all tokens, of those kept for the output layer, or several of each token."""
         out: Tensor = self.base_layer(inputs)
         step = current_step()
         if step is None or not any(number in self.loras for number in step.numbers):
             return out
         inputs_TI, out_TO = inputs.flatten(0, -2), out.flatten(0, -2)
-        for number, first, end in step.runs:
+        for number, first, end in step.runs_of(len(inputs_TI)):
             lora = self.loras.get(number)
             if lora is not None:
                 out_TO[first:end] += (inputs_TI[first:end].to(lora.a_RI.dtype) @ lora.a_RI.t()) @ lora.b_OR.t()

@@ -24,7 +24,7 @@ from metier.serving import paged_attention
 from metier.serving.paged_cache import NOBODY, DeltaCache, cache_config
 from metier.serving.paged_requests import BatchRequest, Outputs, Router, Scheduler, failed
 from metier.serving.sampling import RequestSampler
-from metier.serving.step import Step, make_step, running
+from metier.serving.step import NO_DELTA, Step, make_step, running
 
 PAGE_TOKENS = 128
 """Tokens of a block of the cache: the unit in which prefixes are shared. On a CPU the keys and values of a request that
@@ -221,7 +221,12 @@ class PagedBatch:
         self._counted = [request for request in requests if request.settings.counts_experts]
         rows = {request.request_id: row for row, request in enumerate(self._counted)}
         counted = [rows.get(request.request_id) for request in requests]
-        self._entered = running(make_step(parts, counted=counted, device=self._model.device))
+        kept: list[int] = []
+        if "logits_to_keep" in kwargs:
+            kept = [r.number for r, each in zip(requests, states, strict=True) if each.has_new_token]
+            # a row for each request: those that get no token are padded at the end
+            kept += [NO_DELTA] * (len(states) - len(kept))
+        self._entered = running(make_step(parts, kept=kept, counted=counted, device=self._model.device))
         self._step = self._entered.__enter__()
 
     def _after(self, *_: Any) -> None:

@@ -86,7 +86,7 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):
             return scores
         chosen_B = scores[: len(draws)].argmax(-1)
         if drawn:
-            chosen_B[drawn] = _drawn(scores[drawn], [draws[row] for row in drawn])
+            chosen_B[drawn] = _drawn(scores[drawn], [draws[row] for row in drawn]).to(scores.device)
         self._keep_logprobs(scores, chosen_B, draws)
         if drawn:
             scores = scores.clone()
@@ -111,11 +111,13 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):
 
 
 def _drawn(scores_BV: Tensor, draws: list[Draw]) -> Tensor:
-    """One token a row, (B,): from the likeliest ones that make up `top_p` of the probability."""
+    """One token a row, (B,) on the CPU: from the likeliest ones that make up `top_p` of the probability."""
     settings = [draw.settings for draw in draws]
     temperature_B1 = torch.tensor([each.temperature for each in settings], dtype=torch.float64).unsqueeze(-1)
     # float64: what a request is answered does not hang on the last bit of a sum over the vocabulary
-    probs_BV = (scores_BV.cpu().double() / temperature_B1).softmax(-1)
+    scores_BV = scores_BV.cpu().double()
+    # the largest becomes 0 first, so that a temperature near 0 makes no infinities
+    probs_BV = ((scores_BV - scores_BV.amax(-1, keepdim=True)) / temperature_B1).softmax(-1)
     sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
     sums_BV = sorted_BV.cumsum(-1)
     top_p_B1 = torch.tensor([each.top_p for each in settings], dtype=torch.float64).unsqueeze(-1)
@@ -125,4 +127,4 @@ def _drawn(scores_BV: Tensor, draws: list[Draw]) -> Tensor:
     uniform_B = torch.tensor([draw.uniform() for draw in draws], dtype=torch.float64)
     place_B = torch.searchsorted(sums_BV, (uniform_B * mass_B).unsqueeze(-1), right=True).squeeze(-1)
     place_B = torch.minimum(place_B, num_kept_B - 1)
-    return order_BV.gather(-1, place_B.unsqueeze(-1)).squeeze(-1).to(scores_BV.device)
+    return order_BV.gather(-1, place_B.unsqueeze(-1)).squeeze(-1)

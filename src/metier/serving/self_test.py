@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-import torch
-from torch import Tensor
+from torch import nn
 from transformers import PreTrainedModel
 
 from metier.deltas.merge import rows_in_place
@@ -66,18 +65,19 @@ def _linears_in_place(model: PreTrainedModel, delta: ServedDelta) -> Iterator[No
     """A LoRA's changes in the base's own weights while the block runs, then the base's bits again."""
     loaded = delta.load().loaded
     assert loaded is not None, "loaded just now"
-    saved: list[tuple[Tensor, Tensor]] = []
+    saved: list[tuple[nn.Module, nn.Parameter]] = []
     try:
         for path in dict.fromkeys(x.path for x in delta.tensors):
             own = {x.parameter: loaded[x.name].double() for x in delta.tensors if x.path == path}
             module = base_module(model, path)
             assert module is not None, "the delta was opened on this base"
-            weight: Tensor = module.weight  # type: ignore[assignment]
-            saved.append((weight, weight.detach().clone()))
+            weight: nn.Parameter = module.weight  # type: ignore[assignment]
+            saved.append((module, weight))
             (scale,) = delta.scales[path]
-            weight.data += (scale * (own["B"] @ own["A"])).to(weight)
+            change = (scale * (own["B"] @ own["A"])).to(weight)
+            # another parameter: the base may use the same weight for its embeddings, which the LoRA does not change
+            module.weight = nn.Parameter(weight + change, requires_grad=False)
         yield
     finally:
-        with torch.no_grad():
-            for weight, before in saved:
-                weight.copy_(before)
+        for module, weight in saved:
+            module.weight = weight

@@ -31,19 +31,36 @@ class Step:
     """Those that occur, ascending, the base left out."""
     runs: tuple[tuple[int, int, int], ...]
     """Delta, first token and end of each run of tokens of one delta."""
+    kept_runs: tuple[tuple[int, int, int], ...] = ()
+    """The same of the tokens that alone reach the output layer; none where all do."""
     counted_T: Tensor | None = None
     """Row of `counts` that a token's experts are counted in, int64, -1 for none; None where nobody counts."""
     counts: dict[int, Tensor] = field(default_factory=dict)
     """By decoder layer, int64, (counted requests, experts); filled by the layers."""
     num_counted: int = 0
 
+    def runs_of(self, num_rows: int) -> tuple[tuple[int, int, int], ...]:
+        """The runs as a layer sees them that is given so many rows: all tokens, those that are kept for the output
+        layer, or as many rows for each token."""
+        num_tokens = len(self.number_T)
+        if self.kept_runs and num_rows == self.kept_runs[-1][2] != num_tokens:
+            return self.kept_runs
+        each = num_rows // num_tokens
+        assert each * num_tokens == num_rows, f"got {num_rows} rows, expected a multiple of {num_tokens} tokens"
+        return tuple((number, first * each, end * each) for number, first, end in self.runs)
+
 
 def make_step(
-    parts: Sequence[tuple[int, int]], *, counted: Sequence[int | None] = (), device: torch.device | str = "cpu"
+    parts: Sequence[tuple[int, int]],
+    *,
+    kept: Sequence[int] = (),
+    counted: Sequence[int | None] = (),
+    device: torch.device | str = "cpu",
 ) -> Step:
     """A step over requests of `(delta's number, tokens)` each.
 
     Args:
+        kept: the delta's number for each token that reaches the output layer; none where all do.
         counted: for each request the row that its experts are counted in, None for none.
     """
     numbers, sizes = zip(*parts, strict=True)
@@ -55,6 +72,7 @@ def make_step(
         number_T=number_T,
         numbers=tuple(sorted(set(numbers) - {NO_DELTA})),
         runs=tuple(_runs(parts)),
+        kept_runs=tuple(_runs([(number, 1) for number in kept])),
         counted_T=torch.tensor(rows, device=device).repeat_interleave(sizes_R) if num_counted else None,
         num_counted=num_counted,
     )
