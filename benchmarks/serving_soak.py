@@ -1,12 +1,12 @@
-"""A server under clients that ask, leave, misuse it, and load and unload deltas: is anything wrong at last?
+"""A server under clients that ask, leave, misuse it, load and unload deltas, for minutes: is any answer wrong at last?
 
-    python benchmarks/serving_soak.py     about 20 minutes on two cores; writes results/serving_soak.md
+    python benchmarks/serving_soak.py           some 20 minutes on two cores; writes benchmarks/results/serving_soak.md
 
 `metier serve` in a process of its own, with eleven deltas of three kinds of which less than half fit into its memory
 at once, and a KV cache too small for all requests. Each client does one thing after another at random: asks (whole or
 in a stream, greedy or by a seed, several answers, stop strings, log probabilities), leaves in the middle, sends what
 must be refused, loads or unloads. Every answer is compared with that of the merged model alone. At last nothing may
-run, wait or  hold a place in the cache; and the server is told to stop while requests run.
+run, wait or hold a place in the cache; and the server is told to stop while requests run.
 
 Memory is judged after a warm-up of a fifth of the time: the median of the last fifth against that of the second fifth.
 """
@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 
 import httpx2
-from serving_soak_asking import Soak, ask, ask_together, check, draw_asked, leave, read_events
+from serving_soak_asking import Soak, ask, check, draw_asked, read_events
+from serving_soak_leaving import ask_together, leave
 from serving_soak_loading import (
     Fresh,
     change_contested,
@@ -39,7 +40,7 @@ from serving_soak_world import BASE, PERMANENT, World, make_world
 
 SHARE_OF_DELTAS = 0.45
 """Of the bytes of all deltas, what the server has room for."""
-CACHE_TOKENS, MAX_BATCH_TOKENS = 2048, 96
+CACHE_TOKENS, MAX_BATCH_TOKENS = 3072, 96
 GRACE_SECONDS = 30
 _STUCK_SECONDS = 120
 
@@ -108,7 +109,7 @@ async def ask_all(soak: Soak, rng: random.Random) -> None:
         if name.possible == {ABSENT}:
             await put_in(soak, name, name.folders[0])
     for _ in range(3):
-        await asyncio.gather(*(ask(soak, rng, [name]) for name in soak.names.asked))
+        await asyncio.gather(*(ask(soak, rng, [name]) for name in soak.names.all))
 
 
 async def stop_while_running(
@@ -198,6 +199,7 @@ def main() -> None:
         print(log[-5000:])
     if not options.no_report:
         write_report(outcome, world, options)
+    print(outcome.summary())
     print("\n".join(faults) if faults else "Nothing wrong.")
     sys.exit(bool(faults))
 

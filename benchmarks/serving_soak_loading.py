@@ -46,7 +46,7 @@ async def change_in_order(soak: Soak, rng: random.Random) -> None:
             if rng.random() < 0.2:
                 again = await load(soak, name.name, soak.world.path(rng.choice(SPARE)))
                 expect(soak, "load, the name is taken", again, {400}, _TAKEN[0])
-        else:
+        elif rng.random() < 0.6:
             await take_out(soak, name, twice=rng.random() < 0.2)
             soak.record.seconds["unload"].append(time.perf_counter() - began)
     if rng.random() < 0.5:

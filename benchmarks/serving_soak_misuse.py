@@ -197,9 +197,14 @@ async def _send_raw(soak: Soak, rng: random.Random) -> None:
 async def _send_half(soak: Soak, rng: random.Random) -> None:
     """A request whose body never comes whole."""
     body = json.dumps(_CHAT).encode()
-    fields = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    head = f"POST {CHAT} HTTP/1.1\r\n{fields}\r\n\r\n"
-    await _exchange(soak, head.encode() + body[: rng.randrange(len(body))], seconds=rng.random() / 5)
+    lines = [
+        f"POST {CHAT} HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    ]
+    head = "\r\n".join([*lines, "", ""]).encode()
+    await _exchange(soak, head + body[: rng.randrange(len(body))], seconds=rng.random() / 5)
     soak.record.count("leaves, half a body", "left")
 
 

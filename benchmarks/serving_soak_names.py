@@ -63,4 +63,6 @@ class Names:
             Name(f"contested-{each}", [each], {each, ABSENT}) for each in ("esft-4", "thin-2", "lora-2", "esft-3")
         ]
         """Changed by anybody at any time."""
-        self.asked = [*self.fixed, *self.orderly, *self.contested]
+        self.all = [*self.fixed, *self.orderly, *self.contested]
+        self.asked = [*self.fixed * 3, *self.orderly * 2, *self.contested]
+        """As often as they are asked."""

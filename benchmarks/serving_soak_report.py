@@ -56,6 +56,23 @@ class Outcome:
             wrong[f"memory grew by {self.growth():.1%}"] = abs(self.growth()) > MAX_GROWTH
         return [what for what, is_wrong in wrong.items() if is_wrong]
 
+    def summary(self) -> str:
+        """For the terminal."""
+        record, size = self.record, max(1, len(self.samples) // 10)
+        lines = [
+            f"{kind}: {numbers} {median or 0:.2f} s, {longest or 0:.2f} s"
+            for kind, numbers, median, longest in record.rows()
+        ]
+        lines.append(f"{record.num_requests} requests, {record.num_checked} answers checked")
+        lines.append("MiB: " + ", ".join(f"{sample.resident_bytes / 2**20:.1f}" for sample in self.samples[::size]))
+        lines.append("threads, files: " + ", ".join(f"{x.num_threads} {x.num_files}" for x in self.samples[::size]))
+        last = self.last_sample
+        lines.append(
+            f"at last {last.resident_bytes / 2**20:.1f} MiB, {last.num_threads} threads, {last.num_files} files"
+        )
+        lines.append(f"ended after {self.seconds_to_end:.1f} s with code {self.exit_code}")
+        return "\n".join(lines)
+
 
 def _resident(sample: Sample) -> float:
     return sample.resident_bytes
@@ -79,7 +96,7 @@ def write_report(outcome: Outcome, world: World, options: argparse.Namespace) ->
 
 {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {version("torch")}, transformers
 {version("transformers")}. {options.clients} clients for {options.minutes:g} minutes; the embedded model in float32;
-eleven deltas (ESFT, LoRA on experts, LoRA), of which less than half fit at once; a cache of 2,048 tokens.
+eleven deltas (ESFT, LoRA on experts, LoRA), of which less than half fit at once; a cache of 3,072 tokens.
 
 **{"Passed" if not faults else "Failed: " + "; ".join(faults)}.** {record.num_requests:,} requests;
 {record.num_checked:,} answers compared with those of the merged models alone, {record.num_wrong} wrong;

@@ -1,8 +1,6 @@
-"""Deltas of every kind for the soak, questions, and what each delta's merged model rightly answers.
+"""What the soak is about: deltas of every kind in folders, damaged ones too, questions, and each delta's right answers.
 
-The right answers come from the models that PEFT merges, each alone, by transformers' own `generate` in float32. No part
-of the server takes part in them. Where an answer hangs on a rounding (another token would come if each logit moved by
-1e-4) the question is not put to that delta, so that every difference of the soak is an error.
+The right answers are those of the models that PEFT merges, each alone, in float32.
 """
 
 from __future__ import annotations
@@ -14,6 +12,8 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from serving_soak_answers import Question, Right, right_answer
+
 BASE = "embedded"
 STEPS = {"esft": 0.12, "expert_lora": 0.2, "lora": 0.06}
 """By which a value moves on average: far enough for each delta to answer otherwise than all others."""
@@ -24,32 +24,8 @@ SHELF = ["esft-1", "esft-2", "thin-1", "lora-1"]
 """In the folder that --delta-dir names: served from the start, and loaded and unloaded meanwhile."""
 SPARE = ["esft-3", "esft-4", "thin-2", "lora-2"]
 """Deeper in that folder: not served at the start, but may be loaded."""
-NOISE = 1e-4
-TEMPERATURE, TOP_P = 0.8, 0.95
 _MOST_DRAWN = 24
 """Tokens of an answer that is drawn: the longer, the surer it hangs on a rounding somewhere."""
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What is asked: a conversation, or its text where `is_chat` is false."""
-
-    number: int
-    is_chat: bool
-    messages: list[dict[str, str]]
-    text: str
-    prompt_ids: list[int]
-    max_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Right:
-    """A right answer."""
-
-    token_ids: list[int]
-    text: str
-    finish_reason: str
-    logprobs: list[float]
 
 
 @dataclass
@@ -103,16 +79,16 @@ def make_world(folder: Path, *, num_questions: int) -> World:
     base.model.eval()
     for seed, name in enumerate([*PERMANENT, *SHELF, *SPARE]):
         _make_delta(base.model, name, world.path(name), seed)
-    _make_damaged(world, base.model)
+    _make_damaged(world)
     world.questions = _questions(base.tokenizer, num_questions)
     for name in (None, *PERMANENT, *SHELF, *SPARE):
-        _answer_all(world, name, base)
+        _answer_all(world, name, _merged(base.model, name and world.path(name)), base.tokenizer)
     _check_that_answers_differ(world)
     world.write(kept)
     return world
 
 
-def _make_delta(model, name: str, folder: Path, seed: int, *, expert_shift: int = 0) -> None:
+def _make_delta(model, name: str, folder: Path, seed: int) -> None:
     import peft
     import torch
 
@@ -144,7 +120,7 @@ def _make_delta(model, name: str, folder: Path, seed: int, *, expert_shift: int 
         save_delta(wrapped, folder, dtype=torch.bfloat16 if name == "esft-2" else None)
 
 
-def _make_damaged(world: World, model) -> None:
+def _make_damaged(world: World) -> None:
     """Folders that must be refused, by what is wrong with them, and one good delta outside of the allowed folder."""
     damaged, good = world.folder / "shelf" / "damaged", world.path("esft-3")
     damaged.mkdir(parents=True)
@@ -198,81 +174,24 @@ def _questions(tokenizer, num: int) -> list[Question]:
     return found
 
 
-def _answer_all(world: World, name: str | None, base) -> None:
+def _merged(model, folder: Path | None):
     from peft import PeftModel
 
-    model = base.model
-    if name is not None:
-        model = PeftModel.from_pretrained(copy.deepcopy(base.model), world.path(name)).merge_and_unload().eval()
+    if folder is None:
+        return model
+    return PeftModel.from_pretrained(copy.deepcopy(model), folder).merge_and_unload().eval()
+
+
+def _answer_all(world: World, name: str | None, model, tokenizer) -> None:
     for question in world.questions:
-        for table, is_drawn in ((world.greedy, False), (world.drawn, True)):
-            if is_drawn and question.max_tokens > _MOST_DRAWN:
-                continue
-            right = _answer(model, base.tokenizer, question, is_drawn=is_drawn)
+        rights = {"greedy": right_answer(model, tokenizer, question)}
+        if question.max_tokens <= _MOST_DRAWN:
+            rights["drawn"] = right_answer(model, tokenizer, question, seed=question.number)
+        for table, right in rights.items():
             if right is None:
                 world.num_left_out += 1
             else:
-                table[name, question.number] = right
-
-
-def _answer(model, tokenizer, question: Question, *, is_drawn: bool) -> Right | None:
-    """What `generate` says; None where it hangs on a rounding."""
-    import torch
-    from transformers import LogitsProcessorList
-
-    chooser = _Chooser(question.number if is_drawn else None)
-    ids = torch.tensor([question.prompt_ids])
-    with torch.no_grad():
-        # whole, though the embedded model's prompts begin with its padding token
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=question.max_tokens,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([chooser]),
-        )
-    if chooser.hangs_on_a_rounding:
-        return None
-    tokens = out[0, len(question.prompt_ids) :].tolist()
-    ends = model.generation_config.eos_token_id
-    text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Right(tokens, text, "stop" if tokens[-1] in ends else "length", chooser.logprobs)
-
-
-class _Chooser:
-    """A logits processor for one sequence: chooses by a seed, keeps log probabilities, and watches for close calls."""
-
-    def __init__(self, seed: int | None) -> None:
-        import torch
-
-        self.logprobs: list[float] = []
-        self.hangs_on_a_rounding = False
-        self._uniform = None if seed is None else torch.Generator().manual_seed(seed)
-        self._noise = torch.Generator().manual_seed(0)
-
-    def __call__(self, input_ids, scores):
-        import torch
-
-        logits = scores[0].double()
-        if self._uniform is None:
-            (first, second), (token, _) = (found.tolist() for found in logits.topk(2))
-            self.hangs_on_a_rounding |= first - second < 10 * NOISE
-        else:
-            u = torch.rand((), generator=self._uniform, dtype=torch.float64)
-            noise = torch.randn(4, len(logits), generator=self._noise, dtype=torch.float64)
-            token, *others = _drawn(torch.cat([logits[None], logits + NOISE * noise]), u)
-            self.hangs_on_a_rounding |= any(other != token for other in others)
-        self.logprobs.append(float(logits.log_softmax(-1)[token]))
-        return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([token]), 0.0)
-
-
-def _drawn(logits, u) -> list[int]:
-    """For each row: which of the likeliest tokens that make up TOP_P of the probability a number in [0, 1) falls on."""
-    probabilities, order = (logits / TEMPERATURE).softmax(-1).sort(descending=True, stable=True)
-    before = probabilities.cumsum(-1) - probabilities
-    kept = probabilities * (before < TOP_P)
-    place = (kept.cumsum(-1) <= u * kept.sum(-1, keepdim=True)).sum(-1, keepdim=True)
-    return order.gather(-1, place).squeeze(-1).tolist()
+                getattr(world, table)[name, question.number] = right
 
 
 def _check_that_answers_differ(world: World) -> None:
