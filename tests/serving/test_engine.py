@@ -403,15 +403,3 @@ def test_log_probabilities_come_with_their_tokens(world: World) -> None:
         assert all(len(token.top_logprobs) == 3 for token in tokens)
 
     run(engine, body)
-
-
-def test_an_engine_that_was_closed_still_says_how_it_stands(world: World) -> None:
-    engine = world.start("law")
-
-    async def body() -> None:
-        ask(engine, "law", max_tokens=250)
-        await engine.close(grace_seconds=0)
-        status = engine.status()
-        assert (status.is_alive, status.num_running, status.num_waiting, status.cache_used) == (False, 0, 0, 0)
-
-    run(engine, body)
