@@ -79,6 +79,7 @@ async def client(soak: Soak, rng: random.Random, fresh: Fresh, until: float) -> 
         except Exception as error:
             soak.record.count(act.__name__, type(error).__name__)
             soak.record.is_unexpected(f"{act.__name__}: {type(error).__name__}: {error}")
+            await asyncio.sleep(1)
 
 
 async def run_clients(soak: Soak, server: Server, *, seconds: float, num_clients: int, seed: int) -> None:
@@ -137,7 +138,8 @@ async def stop_while_running(
             await asyncio.sleep(0.02)
 
     running = [asyncio.create_task(stream()) for _ in range(num_clients)]
-    await begun.wait()
+    async with asyncio.timeout(_STUCK_SECONDS):
+        await begun.wait()
     server.stop()
     began = time.monotonic()
     await asyncio.sleep(0.05)
@@ -189,14 +191,14 @@ def main() -> None:
         world = make_world(folder, num_questions=options.questions)
         print(f"{len(world.greedy) + len(world.drawn)} right answers", flush=True)
         server = start_server(world, Path(made) / "server.log")
+        faults = ["it did not come to an end"]
         try:
             outcome = asyncio.run(soak_whole(world, server, options))
+            faults = outcome.faults()
         finally:
             server.kill()
-            log = server.log.read_text(errors="replace")
-    faults = outcome.faults()
-    if faults:
-        print(log[-5000:])
+            if faults:
+                print(server.log.read_text(errors="replace")[-5000:])
     if not options.no_report:
         write_report(outcome, world, options)
     print(outcome.summary())

@@ -98,6 +98,7 @@ async def gauges(http: httpx2.AsyncClient) -> dict[str, float]:
 
 
 def left_behind(found: dict[str, float]) -> dict[str, float]:
-    """What is not as it is where nobody asks: requests that run or wait, and blocks of the cache that are taken."""
+    """What is not as it has to be once nobody asks: requests that run, wait or have failed, and blocks of the cache."""
     watched = ("metier_running_requests", "metier_waiting_requests", "metier_delta_running", "metier_cache_used_ratio")
-    return {name: value for name, value in found.items() if name.startswith(watched) and value}
+    failed = {name: value for name, value in found.items() if 'outcome="failed"' in name}
+    return failed | {name: value for name, value in found.items() if name.startswith(watched) and value}

@@ -152,23 +152,25 @@ def _another_base(config: str) -> str:
 
 
 def _questions(tokenizer, num: int) -> list[Question]:
-    """Of the embedded tasks' test items, long and short ones; each second as a text, the others as conversations."""
+    """Of the embedded tasks' test items: conversations, and in turn with them texts, some over several blocks long."""
     from metier.data.records import load_records
     from metier.evaluation.tasks import load_task
 
-    records = [load_records(load_task(task).splits["test"])[:20] for task in ("synopsis", "translate", "sections")]
+    tasks = [load_records(load_task(task).splits["test"])[:20] for task in ("synopsis", "translate", "sections")]
+    records = list(itertools.chain(*zip(*tasks, strict=True)))
     found = []
-    for number, record in enumerate(itertools.islice(itertools.chain(*zip(*records, strict=True)), num)):
+    for number, record in enumerate(records[:num]):
         messages = [{"role": m.role, "content": m.content} for m in record.messages[:-1]]
         is_chat = number % 2 == 0
         if is_chat:
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         else:
+            several = records[number : number + (8 if number % 6 == 3 else 1)]
+            text = "\n\n".join(each.messages[-2].content.strip() for each in several)
             # cut off, so that there is something to go on with
-            text = messages[-1]["content"].strip()
-            text = text[: len(text) * 2 // 3].rstrip()
+            text = text[: -len(messages[-1]["content"]) // 3].rstrip()
         prompt_ids = tokenizer(text, add_special_tokens=not is_chat).input_ids
-        # a few long ones, so that requests are under way when something happens to them
+        # a few long answers, so that requests are under way when something happens to them
         max_tokens = [16, 8, 24, 12, 64, 10][number % 6]
         found.append(Question(number, is_chat, messages, text, prompt_ids, max_tokens))
     return found
