@@ -81,9 +81,9 @@ def test_where_one_cannot_be_removed_the_others_are_and_nothing_is_placed() -> N
     made = Made(accelerator=2, a=1, b=1, large=2)
     made.bring_up("a")
     made.bring_up("b")
-    made.store.fails["remove place of a"] = RuntimeError("stuck")
+    made.store.fails = {f"remove place of {name}": RuntimeError(f"{name} is stuck") for name in "ab"}
     error = made.bring_up("large")
-    assert "delta 'a': the move from accelerator to disk failed (RuntimeError: stuck)" in str(error)
+    assert "delta 'a': the move from accelerator to disk failed (RuntimeError: a is stuck)" in str(error)
     assert made.store.log[2:] == ["remove place of a", "remove place of b"]
     assert made.tiers() == {"a": "disk", "b": "disk", "large": "disk"}
     assert made.bring_up("large") is None
