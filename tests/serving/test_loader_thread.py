@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -78,7 +79,7 @@ def test_closing_ends_it_and_leaves_what_was_not_begun(begin: Begin) -> None:
     closing = threading.Thread(target=thread.close)
     closing.start()
     while not thread._is_closing:
-        pass
+        time.sleep(0.001)
     gate.set()
     closing.join(WAIT)
     assert not closing.is_alive()

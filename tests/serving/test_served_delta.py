@@ -131,7 +131,7 @@ def test_a_delta_that_peft_saved_is_served_without_sums(
     import peft
 
     wrapped = peft.PeftModel.from_pretrained(model, saved / "esft")
-    wrapped.save_pretrained(tmp_path / "delta")
+    wrapped.save_pretrained(tmp_path / "delta", save_embedding_layers=False)
     wrapped.unload()
     delta, want = (read_served_delta(folder, facts=facts) for folder in (tmp_path / "delta", saved / "esft"))
     assert not delta.has_sums
