@@ -58,12 +58,12 @@ def save_expert_lora(model: nn.Module, folder: Path, **options: Any) -> Path:
     return folder
 
 
-def save_lora(model: nn.Module, folder: Path, **options: Any) -> Path:
+def save_lora(model: nn.Module, folder: Path, *, saves_embeddings: bool = False, **options: Any) -> Path:
     """PEFT's own LoRA, with every factor moved."""
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["o_proj", "kv_b_proj"], **options}
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**options))
     move(wrapped, "lora_")
-    wrapped.save_pretrained(str(folder))
+    wrapped.save_pretrained(str(folder), save_embedding_layers=saves_embeddings)
     wrapped.unload()
     return folder
 

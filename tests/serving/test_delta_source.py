@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def test_a_delta_of_experts_is_refused_by_a_dense_base(saved: Path, reader: Chec
 def peft_saved(model: PreTrainedModel, folder: Path) -> Path:
     """An ESFT delta without sums, so that tests can alter its configuration."""
     wrapped = peft.get_peft_model(model, EsftConfig(experts={1: [0]}))
-    wrapped.save_pretrained(str(folder))
+    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     wrapped.unload()
     return folder
 
@@ -179,18 +178,3 @@ def test_a_delta_whose_file_is_replaced_after_it_was_opened_has_another_stamp(
     save_esft(model, folder, step=0.1)
     with pytest.raises(DeltaError, match="the file was altered or replaced since the delta was put into service"):
         delta.load()
-
-
-def test_facts_keep_nothing_of_the_base_alive() -> None:
-    import gc
-    import weakref
-
-    model = made_model()
-    facts = model_facts(model, "tiny")
-    kept = weakref.ref(model.model.layers[1].mlp.experts)
-    assert facts.layers[0].path == "model.layers.1.mlp.experts"
-    assert facts.layers[0].experts.gate_up_proj.device.type == "meta"
-    del model
-    gc.collect()
-    assert kept() is None
-    assert json.dumps(sorted(facts.linears)) != "[]"

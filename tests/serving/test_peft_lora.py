@@ -74,7 +74,7 @@ def test_a_lora_fits_a_dense_base_too(tmp_path: Path) -> None:
 def test_a_copy_of_an_embedding_beside_the_factors_is_refused(
     model: PreTrainedModel, tmp_path: Path, opened: Open
 ) -> None:
-    folder = save_lora(model, tmp_path / "lora", target_modules=["q_proj", "lm_head"])
+    folder = save_lora(model, tmp_path / "lora", target_modules=["q_proj", "lm_head"], saves_embeddings=True)
     with pytest.raises(
         DeltaError, match=r"lm_head\.base_layer\.weight'.*\n.*, save it with `save_embedding_layers=False`"
     ):

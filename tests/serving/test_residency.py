@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import deque
 
 import pytest
@@ -284,6 +286,11 @@ def test_a_delta_can_be_pinned_that_fills_the_accelerator() -> None:
     residency = book("a", size=20)
     residency.pin("a")
     assert residency.is_pinned("a")
+
+
+def test_policies_do_without_torch() -> None:
+    code = "import sys, metier.serving.residency, metier.serving.admission; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 NAMES = st.sampled_from("abcdef")

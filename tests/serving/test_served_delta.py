@@ -63,6 +63,15 @@ def test_rows_are_served_in_the_bases_dtype_whatever_they_are_stored_in(tmp_path
     assert wide.num_bytes == narrow.num_bytes
 
 
+def test_each_parameter_is_served_in_its_own_dtype(tmp_path: Path) -> None:
+    model = made_model()
+    for layer in moe_layers(model):
+        layer.experts.down_proj.data = layer.experts.down_proj.data.to(torch.bfloat16)
+    delta = read_served_delta(save_esft(model, tmp_path / "delta"), facts=model_facts(model, "x"))
+    dtypes = {tensor.parameter: (delta.loaded or {})[tensor.name].dtype for tensor in delta.tensors}
+    assert dtypes == {"gate_up_proj": torch.float32, "down_proj": torch.bfloat16}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_are_those_of_the_loaded_tensors(
     saved: Path, facts: ModelFacts, reader: CheckedReader, kind: str
@@ -122,7 +131,7 @@ def test_a_delta_that_peft_saved_is_served_without_sums(
     import peft
 
     wrapped = peft.PeftModel.from_pretrained(model, saved / "esft")
-    wrapped.save_pretrained(tmp_path / "delta")
+    wrapped.save_pretrained(tmp_path / "delta", save_embedding_layers=False)
     wrapped.unload()
     delta, want = (read_served_delta(folder, facts=facts) for folder in (tmp_path / "delta", saved / "esft"))
     assert not delta.has_sums

@@ -193,9 +193,22 @@ def test_a_delta_is_brought_to_the_host_while_the_accelerator_is_in_use(serve: S
     served.start("a")
     served.tiers.prefetch(["b"])
     served.wait_until(lambda: served.tier("b") == "host")
+    time.sleep(0.05)
+    assert served.events.empty()
     served.tiers.release("a")
     served.wait_for("resident", "b")
     assert served.tiers.delta_bytes()["host"] == 2 * served.tiers.delta_bytes()["accelerator"]
+
+
+def test_a_copy_that_made_way_on_the_host_takes_no_memory(serve: Serve, copy_of: CopyOf) -> None:
+    served = serve(num_slots=1, num_on_host=1)
+    served.load(copy_of("esft", "a"), copy_of("esft", "b"))
+    served.tiers.prefetch(["b"])
+    served.wait_for("resident", "b")
+    held = served.tiers._mover.held
+    assert served.tier("a") == "disk"
+    assert (held["a"].loaded, held["a"].handle) == (None, None)
+    assert held["b"].loaded is not None
 
 
 def test_calls_return_while_a_delta_is_being_placed(serve: Serve, copy_of: CopyOf) -> None:

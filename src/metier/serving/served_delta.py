@@ -91,11 +91,12 @@ class ServedDelta:
             return
         for name, rows in places.items():
             values = self.loaded[name]
+            is_pinned = values.is_pinned()
             if isinstance(rows, Tensor):
-                rows.copy_(values, non_blocking=values.is_pinned())
+                rows.copy_(values, non_blocking=is_pinned)
             else:
                 for row, value in zip(rows, values, strict=True):
-                    row.copy_(value, non_blocking=values.is_pinned())
+                    row.copy_(value, non_blocking=is_pinned)
 
     def load(self, *, is_pinned: bool = False) -> ServedDelta:
         """The same with its values in the host's memory, checked.

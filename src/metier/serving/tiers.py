@@ -132,9 +132,9 @@ class Tiers(Generic[Handle]):
 
     @contextmanager
     def steady(self) -> Iterator[frozenset[str]]:
-        """The deltas that can be acquired; they stay so inside, which is not to take long."""
+        """The deltas that those who asked for them can acquire; they stay so inside, which is not to take long."""
         with self._changed:
-            yield self._residency.resident_names() & self._services.keys()
+            yield self._residency.resident_names()
 
     def acquire(self, name: str) -> Handle:
         """A request that asked for a delta starts; only inside `steady`, which says that it can."""
