@@ -87,7 +87,7 @@ class PagedBatch:
     @property
     def cache_used(self) -> float:
         """Share of the cache's blocks that running requests hold."""
-        return 1.0 - float(self._cache.compute_free_capacity())
+        return self._cache.used_share()
 
     @property
     def is_alive(self) -> bool:

@@ -45,6 +45,12 @@ class DeltaCache(PagedAttentionCache):
     on_match: Callable[[str, int], None]
     """Is told how many tokens of a request's prompt were found."""
 
+    def used_share(self) -> float:
+        """Of the cache, in [0, 1], what running requests hold; prefixes that are kept for later make way for them."""
+        kept = sum(x.bytes_per_block * len(x.ledger.cached_blocks) for x in self.cache_allocators.values())
+        free_bytes = int(self.compute_free_capacity(relative=False)) + kept
+        return float(1.0 - free_bytes / (self.num_sectors * self.bytes_per_sector))
+
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
         num_tokens: int = super().search_prefix_match(request_id, keyed_tokens(prompt_ids, self.key_of(request_id)))
         self.on_match(request_id, num_tokens)
