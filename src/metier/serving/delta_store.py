@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from metier.errors import ServingError
 from metier.methods.low_rank import LowRankBank
@@ -41,7 +42,7 @@ class DeltaStore:
     """Makes the layers of a model ready for deltas, and places them. One thread places and removes."""
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[MoELayer], *, accelerator_bytes: int, most_deltas: int
+        self, model: PreTrainedModel, layers: Sequence[MoELayer], *, accelerator_bytes: int, most_deltas: int
     ) -> None:
         """Args:
         model: bare.
@@ -87,6 +88,9 @@ class DeltaStore:
                 delta.copy_into(lambda tensor: values[tensor.name])
                 show = self._show_low_rank if delta.kind == "expert_lora" else self._show_linears
                 placed = show(delta, number, values)
+            if self._model.device.type == "cuda":
+                # the batch runs on a stream of its own, which does not wait for this one's copies
+                torch.cuda.current_stream(self._model.device).synchronize()
         except BaseException:
             self._free_again(number, slots)
             raise
