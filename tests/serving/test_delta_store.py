@@ -13,6 +13,7 @@ from metier.deltas.probe import largest_difference
 from metier.errors import CorruptDeltaError, ServingError, VerificationError
 from metier.models.load import LoadedModel
 from metier.models.moe import moe_layers
+from metier.serving import delta_store
 from metier.serving.delta_source import read_served_delta
 from metier.serving.delta_store import DeltaStore
 from metier.serving.model_facts import ModelFacts, model_facts
@@ -109,6 +110,19 @@ def test_a_delta_that_is_damaged_while_it_is_placed_leaves_nothing(tmp_path: Pat
     assert pool.num_free == free
     assert torch.equal(ready.logits(1), base)
     ready.store.place(good)
+
+
+@pytest.mark.parametrize(("kind", "part"), [("expert_lora", "LowRankBank"), ("lora", "LinearLora")])
+def test_a_delta_that_fails_halfway_leaves_nothing_to_the_next_of_its_number(
+    kind: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = Ready(tmp_path / "base", most_deltas=1)
+    delta, base = ready.read(KINDS[kind](tmp_path / "delta", ready.plain)), ready.logits(0)
+    made = iter([getattr(delta_store, part), None])
+    monkeypatch.setattr(delta_store, part, lambda *args: next(made)(*args))
+    with pytest.raises(TypeError, match="not callable"):
+        ready.store.place(delta)
+    assert torch.equal(ready.logits(1), base)
 
 
 def test_a_delta_takes_the_bytes_of_its_own_rows(tmp_path: Path) -> None:

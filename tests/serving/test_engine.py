@@ -322,6 +322,23 @@ def test_a_model_that_breaks_ends_every_answer_and_the_engine_says_so(world: Wor
     run(engine, body)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_deltas_cannot_move_any_more_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = world.start("law", "code", delta_memory_bytes=max(each.num_bytes for each in _statuses(world)))
+
+    async def body() -> None:
+        monkeypatch.setattr(engine._tiers._residency, "prefetch", lambda names: 1 // 0)
+        answer = ask(engine, next(status.name for status in engine.deltas() if status.tier == "disk"))
+        await tokens_of(answer)
+        assert "the thread that loads deltas has died" in str(answer.finish)
+        status = engine.status()
+        assert not status.is_alive
+        assert "ZeroDivisionError" in str(status.error)
+        assert await tokens_of(ask(engine, None)) == world.greedy(None, PROMPT)
+
+    run(engine, body)
+
+
 def test_all_who_wait_hear_of_it_when_the_engine_dies(world: World) -> None:
     engine = world.start("law", max_requests=1)
     all_asked = threading.Event()

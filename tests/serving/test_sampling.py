@@ -110,10 +110,3 @@ def test_log_probabilities_of_the_token_alone() -> None:
     drawn(sampler, LOGITS.unsqueeze(0), ["a"])
     assert draw.tokens[0].top_logprobs == ()
     assert draw.tokens[0].logprob == pytest.approx(float(LOGITS.log_softmax(-1)[4]))
-
-
-def test_a_request_that_was_cancelled_meanwhile_does_not_disturb() -> None:
-    sampler = RequestSampler()
-    sampler.add("a", SamplingSettings(max_tokens=1, temperature=1.0, seed=1))
-    sampler.remove("a")
-    assert drawn(sampler, LOGITS.unsqueeze(0), ["a"]) == [4]

@@ -447,7 +447,8 @@ def test_closing_ends_the_threads_and_fails_what_is_not_done(serve: Serve, copy_
     for future in (not_begun, leaving):
         with pytest.raises(EngineError, match="the server is closing"):
             future.result(WAIT)
-    for call in (lambda: served.tiers.ask("b"), lambda: served.tiers.load("d", Path("d"))):
+    tiers = served.tiers
+    for call in (lambda: tiers.ask("b"), lambda: tiers.load("d", Path("d")), lambda: tiers.unload("b")):
         with pytest.raises(EngineError, match="the server is closing"):
             call()
     assert threading.active_count() == before
@@ -463,8 +464,10 @@ def test_nobody_waits_for_ever_when_the_thread_dies_of_a_fault(
     monkeypatch.setattr(served.residency, "prefetch", lambda names: 1 // 0)
     served.tiers.prefetch(["a"])
     assert "the thread that loads deltas has died (ZeroDivisionError" in str(served.wait_for("failed", "a"))
-    with pytest.raises(EngineError, match=r"has died .*Start the server again"):
-        served.tiers.load("b", copy_of("esft", "b"))
+    for call in (lambda: served.tiers.load("b", copy_of("esft", "b")), lambda: served.tiers.unload("a")):
+        with pytest.raises(EngineError, match=r"has died .*Start the server again"):
+            call()
+    assert isinstance(served.tiers.error, ZeroDivisionError)
 
 
 def test_a_future_that_was_cancelled_puts_nothing_into_service(serve: Serve, copy_of: CopyOf) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from metier.errors import ServingError
 from metier.methods.low_rank import LowRankBank
@@ -35,15 +36,13 @@ class PlacedDelta:
     """That it changes, by decoder layer."""
     slots: dict[int, list[int]] = field(default_factory=dict)
     """Of its experts, by decoder layer."""
-    paths: tuple[str, ...] = ()
-    """Of the linear layers that it changes."""
 
 
 class DeltaStore:
     """Makes the layers of a model ready for deltas, and places them. One thread places and removes."""
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[MoELayer], *, accelerator_bytes: int, most_deltas: int
+        self, model: PreTrainedModel, layers: Sequence[MoELayer], *, accelerator_bytes: int, most_deltas: int
     ) -> None:
         """Args:
         model: bare.
@@ -89,24 +88,29 @@ class DeltaStore:
                 delta.copy_into(lambda tensor: values[tensor.name])
                 show = self._show_low_rank if delta.kind == "expert_lora" else self._show_linears
                 placed = show(delta, number, values)
+            if self._model.device.type == "cuda":
+                # the batch runs on a stream of its own, which does not wait for this one's copies
+                torch.cuda.current_stream(self._model.device).synchronize()
         except BaseException:
-            for layer, taken in slots.items():
-                self._experts[layer].pool.give_back(taken)
-            self._free.append(number)
+            self._free_again(number, slots)
             raise
         return placed
 
     def remove(self, placed: PlacedDelta) -> None:
         """Take a delta away. No running request may use its number."""
+        self._free_again(placed.number, placed.slots)
+
+    def _free_again(self, number: int, slots: dict[int, list[int]]) -> None:
+        """Take from all layers what goes by a number."""
         for served in self._experts.values():
-            served.slot_NE[placed.number] = ON_BASE
-            served.low_rank.pop(placed.number, None)
-        for path in placed.paths:
-            self._linears[path].loras.pop(placed.number, None)
-        for layer, slots in placed.slots.items():
-            self._experts[layer].pool.give_back(slots)
+            served.slot_NE[number] = ON_BASE
+            served.low_rank.pop(number, None)
+        for linear in self._linears.values():
+            linear.loras.pop(number, None)
+        for layer, taken in slots.items():
+            self._experts[layer].pool.give_back(taken)
         with self._lock:
-            self._free.append(placed.number)
+            self._free.append(number)
 
     def _take_number(self, delta: ServedDelta) -> int:
         with self._lock:
@@ -135,15 +139,14 @@ class DeltaStore:
         return PlacedDelta(number=number, key=next(self._keys), experts=delta.experts)
 
     def _show_linears(self, delta: ServedDelta, number: int, values: dict[str, Tensor]) -> PlacedDelta:
-        paths = tuple(dict.fromkeys(x.path for x in delta.tensors))
-        for path in paths:
+        for path in dict.fromkeys(x.path for x in delta.tensors):
             own = {x.parameter: values[x.name] for x in delta.tensors if x.path == path}
             (scale,) = delta.scales[path]
             if path not in self._linears:
                 self._linears[path] = served = ServedLinear(self._model.get_submodule(path))
                 self._put(path, served)
             self._linears[path].loras[number] = LinearLora(own["A"], own["B"].mul_(scale))
-        return PlacedDelta(number=number, key=next(self._keys), paths=paths)
+        return PlacedDelta(number=number, key=next(self._keys))
 
     def _device(self, tensor: ServedTensor) -> torch.device:
         if tensor.layer is not None:

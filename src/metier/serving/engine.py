@@ -90,10 +90,11 @@ class Engine:
         return self._tiers.deltas()
 
     def status(self) -> EngineStatus:
-        error = self._batch.error
+        error = self._batch.error or self._tiers.error
+        closing = "the server is shutting down" if self._is_closing else None
         return EngineStatus(
-            is_alive=self._batch.is_alive and not self._is_closing,
-            error=str(error) if error is not None else "the server is shutting down" if self._is_closing else None,
+            is_alive=self._batch.is_alive and error is None and not self._is_closing,
+            error=closing if error is None else repr(error),
             num_running=len(self._running),
             num_waiting=self._admission.num_waiting,
             cache_used=self._batch.cache_used,

@@ -69,12 +69,9 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
-        greedy = Draw(SamplingSettings(max_tokens=1, temperature=0))
         with self._lock:
-            ids = [request.state.request_id for request in requests_with_new_token]
-            # a request that was cancelled meanwhile still has a row
-            self._batch = [self._draws.get(request_id, greedy) for request_id in ids]
-        return torch.zeros(len(ids), dtype=torch.int32)
+            self._batch = [self._draws[request.state.request_id] for request in requests_with_new_token]
+        return torch.zeros(len(self._batch), dtype=torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         """(B, V) → (B, V): where a token was drawn, -inf for all others."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from metier.errors import DeltaError
+from metier.errors import ConfigError, DeltaError
 from metier.memory.allocator import keep_memory
 from metier.models.load import load
 from metier.models.moe import is_dense, moe_layers
@@ -42,6 +42,13 @@ class EngineSettings:
     """In one batch."""
     max_waiting: int = 1024
     tests_deltas: bool = True
+
+    def __post_init__(self) -> None:
+        least = {"device_memory_bytes": 1, "delta_memory_bytes": 0, "cache_tokens": 1, "max_batch_tokens": 1}
+        for name, minimum in {**least, "max_requests": 1, "max_waiting": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ConfigError(f"{name}: got {value}, expected at least {minimum}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +95,6 @@ def start_engine(
         most_deltas=_MOST_DELTAS,
     )
     base_self_test(base)
-    limits = BatchLimits(
-        max_requests=settings.max_requests,
-        max_batch_tokens=settings.max_batch_tokens,
-        cache_tokens=parted.cache_tokens,
-    )
     arrivals = _Arrivals()
     tiers = Tiers(
         facts=facts,
@@ -102,13 +104,28 @@ def start_engine(
         on_failed=arrivals.failed,
         pins_host_memory=base.device.type == "cuda",
     )
-    differences = {}
-    for name, folder in deltas.items():
-        tiers.load(name, folder).result()
-        if settings.tests_deltas:
-            with arrivals.using(tiers, name) as placed:
-                differences[name] = self_test(base, read_served_delta(folder, facts=facts), placed.number, name)
-    engine = Engine(
+    try:
+        differences = {}
+        for name, folder in deltas.items():
+            tiers.load(name, folder).result()
+            if settings.tests_deltas:
+                with arrivals.using(tiers, name) as placed:
+                    differences[name] = self_test(base, read_served_delta(folder, facts=facts), placed.number, name)
+        arrivals.engine = engine = _engine(base, tiers, settings, cache_tokens=parted.cache_tokens, positions=positions)
+    except BaseException:
+        tiers.close()
+        raise
+    engine.start()
+    return Started(engine, loaded.tokenizer, parted, differences)
+
+
+def _engine(
+    base: PreTrainedModel, tiers: Tiers[PlacedDelta], settings: EngineSettings, *, cache_tokens: int, positions: int
+) -> Engine:
+    limits = BatchLimits(
+        max_requests=settings.max_requests, max_batch_tokens=settings.max_batch_tokens, cache_tokens=cache_tokens
+    )
+    return Engine(
         make_batch=lambda on_outputs: PagedBatch(base, limits, on_outputs),
         tiers=tiers,
         max_requests=settings.max_requests,
@@ -117,9 +134,6 @@ def start_engine(
         num_embeddings=len(base.get_input_embeddings().weight),
         eos_token_ids=_eos_token_ids(base),
     )
-    arrivals.engine = engine
-    engine.start()
-    return Started(engine, loaded.tokenizer, parted, differences)
 
 
 class _Arrivals:

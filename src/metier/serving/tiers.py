@@ -74,6 +74,11 @@ class Tiers(Generic[Handle]):
         self._error: BaseException | None = None
         self._thread = LoaderThread(self._changed, find_work=self._find_work, on_death=self._die)
 
+    @property
+    def error(self) -> BaseException | None:
+        """What the loader's thread died of."""
+        return self._error
+
     def load(self, name: str, folder: Path, *, is_pinned: bool = False) -> Future[DeltaStatus]:
         """Put a delta into service: its files are checked, and it is made resident where nobody has to make way.
 
@@ -101,8 +106,10 @@ class Tiers(Generic[Handle]):
 
         Raises:
             UnknownDeltaError: no delta of that name is in service.
+            EngineError: this is closing.
         """
         with self._changed:
+            self._check_alive()
             service = self._in_service(name)
             service.leaving = Future()
             service.leaving.set_running_or_notify_cancel()  # so it cannot be cancelled
