@@ -3,7 +3,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-HARNESS := $(VENV)/.harness
+EXTRAS := $(VENV)/.extras
 
 # glibc gives large blocks back to the system at once and faults them in again at the next step, which costs a third
 # of a training step's time on a CPU. Keeping them also keeps step times even.
@@ -23,10 +23,11 @@ $(STAMP): pyproject.toml constraints.txt scripts/install.sh
 	@bash scripts/install.sh
 	@touch $@
 
-# apart from the rest: 320 MB, and every start of transformers takes seconds longer where scikit-learn is installed
-$(HARNESS): $(STAMP)
-	@echo "Installing lm-evaluation-harness ..."
-	@$(BIN)/pip install -qq --constraint constraints.txt --editable ".[dev,harness]"
+# apart from the rest: 320 MB for lm-evaluation-harness, 250 MB for Ray, and every start of transformers takes seconds
+# longer where scikit-learn is installed
+$(EXTRAS): $(STAMP)
+	@echo "Installing lm-evaluation-harness and Ray ..."
+	@$(BIN)/pip install -qq --constraint constraints.txt --editable ".[dev,harness,ray]"
 	@touch $@
 
 install: $(STAMP)  ## Create .venv and install metier into it.
@@ -37,7 +38,7 @@ demo: $(STAMP)  ## Run the main job on the embedded model: profile, select, trai
 test: $(STAMP)  ## Run the default tests: offline, on the CPU, a few minutes.
 	$(BIN)/python -m pytest $(IN_PARALLEL)
 
-test-all: $(HARNESS)  ## Run every test, the slow ones too.
+test-all: $(EXTRAS)  ## Run every test, the slow ones too.
 	$(BIN)/python -m pytest -m "not gpu and not network or slow or golden"
 
 check: format lint types test  ## Format, lint, types, tests: what CI runs.
@@ -51,7 +52,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-constraints: $(HARNESS)  ## Freeze what is installed into constraints.txt.
+constraints: $(EXTRAS)  ## Freeze what is installed into constraints.txt.
 	@head -1 constraints.txt > constraints.new
 	@$(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch==[^+]*)\+.*/\1/' >> constraints.new
 	@mv constraints.new constraints.txt
