@@ -22,6 +22,7 @@ from metier.data.message import Record
 from metier.data.pairs import encode_pairs
 from metier.data.records import load_records, mix
 from metier.deltas.save import save_delta
+from metier.distributed.ranks import Ranks, is_restart, join_ranks, largest, on_main, wait_for_all
 from metier.errors import ConfigError
 from metier.memory.allocator import give_memory_back
 from metier.memory.frozen_model import load_frozen
@@ -30,6 +31,7 @@ from metier.methods.wrap import meft_config, selects_experts, wrap
 from metier.models.encoder_decoder import is_encoder_decoder, refuse_encoder_decoder
 from metier.models.load import LoadedModel, ignore_renamed_options, load
 from metier.models.skeleton import model_config
+from metier.planning.fit import changed
 from metier.planning.spelling import size
 from metier.planning.state import TrainingPlan, training_plan
 from metier.routing.configured import selection_config
@@ -42,14 +44,25 @@ from metier.training.callbacks import (
     StepTimes,
 )
 from metier.training.checkpoints import MarkCheckpoints, find_checkpoint, step_of
+from metier.training.distributed_checkpoints import keep_by_ranks
 from metier.training.folder import RunFolder, open_folder
 from metier.training.foresight import Foresight
 from metier.training.masks import batches_to_look_at, pruned
 from metier.training.procedures.chosen import check_procedure, passes_of
+from metier.training.processes import (
+    check_world,
+    describe,
+    for_ranks,
+    is_sharded,
+    lost_peers_told,
+    note_world,
+    shard_on_cpus,
+)
 from metier.training.report import write_run_report
 from metier.training.selecting import run_selection
 from metier.training.store_metrics import CountFrozen, CountRows
 from metier.training.trainer import make_trainer
+from metier.training.whole import make_whole
 
 WORTH_TELLING = 0.2
 """Share of padding in a batch from which a run says so."""
@@ -82,7 +95,8 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         RunError: the folder holds another run, there is nothing to resume, or the run does not fit into memory.
         MetierError: any other error of the rooms that a run walks through.
     """
-    console = console or Console()
+    ranks = join_ranks()
+    console = (console or Console()) if ranks.is_main else Console(quiet=True)
     ignore_renamed_options()
     if selects_experts(config):
         # what cannot be selected by is refused before anything is loaded
@@ -95,14 +109,15 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
             f"padding_free: records that share a row have one beginning, before which {config.method} would put its "
             "prompt. Set padding_free: false."
         )
+    whole, config = config, for_ranks(config, ranks)
     base = model_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     foresight = Foresight(config, base, force=force)
-    foresight.before_loading()
-    folder = open_folder(config)
-    checkpoint = None
+    on_main(foresight.before_loading)
+    folder, config, checkpoint = on_main(lambda: _opened(whole, config, ranks))
     if config.resume_from_checkpoint is not None:
-        checkpoint = find_checkpoint(folder.checkpoints, config.resume_from_checkpoint)
         console.print(f"Resuming from {checkpoint or 'the beginning: there is no complete checkpoint yet'}")
+    if ranks.are_several:
+        console.print(describe(config, ranks), highlight=False)
     loaded = load_base(config)
     _tell_of_slow_bf16(loaded.model, config, console)
     if config.padding_free:
@@ -115,11 +130,13 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
     selection = None
     if selects_experts(config):
         selection = run_selection(loaded.model, loaded.tokenizer, records, config, folder)
-    foreseen = foresight.before_training(
-        items.items,
-        None if selection is None else folder.selection,
-        folder.routing_profile(),
-        steps_done=0 if checkpoint is None else step_of(checkpoint),
+    foreseen = on_main(
+        lambda: foresight.before_training(
+            items.items,
+            None if selection is None else folder.selection,
+            folder.routing_profile(),
+            steps_done=0 if checkpoint is None else step_of(checkpoint),
+        )
     )
     set_seed(config.seed)
     model = wrap(loaded.model, config, selection, batches_to_look_at(items.items, loaded.tokenizer, config))
@@ -130,7 +147,8 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         row_state_dtype=config.meft_state_dtype,
         options=config.method_options,
     )
-    plan.save(folder.plan, foreseen)
+    if ranks.is_main:
+        plan.save(folder.plan, foreseen)
     if config.method == "meft":
         console.print("\n".join(meft_config(config).sizes.reasons()), highlight=False)
     console.print(plan)
@@ -155,25 +173,45 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
             times,
             MetricsLog(folder.metrics, times, foreseen),
             ShowProgress(console, config.method),
-            MarkCheckpoints(config.save_total_limit),
+            MarkCheckpoints(config.save_total_limit, lambda made: note_world(made, config, ranks)),
         ],
     )
+    if is_sharded(config):
+        shard_on_cpus(trainer)
+    keep_by_ranks(trainer, checkpoint)
     started = time.monotonic()
     # a checkpoint may be larger than memory where rows lie on disk: it is mapped, not read
-    with serialization.patch("load.mmap", True):  # type: ignore[attr-defined]
+    with serialization.patch("load.mmap", True), lost_peers_told(folder):  # type: ignore[attr-defined]
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds, peak = time.monotonic() - started, foresight.peak_memory_bytes()
+    seconds, peak = time.monotonic() - started, int(largest(foresight.peak_memory_bytes()))
+    make_whole(model)
     model = pruned(model, config)
-    _save(model, loaded.tokenizer, folder)
-    # the adapter has them all
-    shutil.rmtree(folder.rows, ignore_errors=True)
-    measured = {"train_seconds": seconds, "step_seconds": times.usual, "peak_memory_bytes": peak}
-    plan.save(folder.plan, foreseen, measured)
-    write_run_report(folder, config, selection, num_parameters=plan.num_trained + plan.num_frozen)
+    if ranks.is_main:
+        _save(model, loaded.tokenizer, folder)
+        # the adapter has them all
+        shutil.rmtree(folder.rows, ignore_errors=True)
+        measured = {"train_seconds": seconds, "step_seconds": times.usual, "peak_memory_bytes": peak}
+        plan.save(folder.plan, foreseen, measured)
+        write_run_report(folder, config, selection, num_parameters=plan.num_trained + plan.num_frozen)
+    wait_for_all()
     console.print(_peak_beside_foreseen(peak, foreseen))
     console.print(_step_beside_foreseen(times.usual, foreseen))
     console.print(f"Trained in {seconds:.0f} s; the delta is {folder.adapter}, the report {folder.report}")
     return RunResult(folder.root, model, loaded.tokenizer, plan, selection, seconds, peak)
+
+
+def _opened(whole: RunConfig, config: RunConfig, ranks: Ranks) -> tuple[RunFolder, RunConfig, Path | None]:
+    """The run's folder, and the checkpoint from which it goes on; a run that torchrun has started again goes on too."""
+    if is_restart() and config.resume_from_checkpoint is None and RunFolder(Path(config.output_dir)).config.exists():
+        again = {"resume_from_checkpoint": "last"}
+        whole, config = changed(whole, again), changed(config, again)
+    folder = open_folder(whole)
+    if config.resume_from_checkpoint is None:
+        return folder, config, None
+    checkpoint = find_checkpoint(folder.checkpoints, config.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_world(checkpoint, config, ranks)
+    return folder, config, checkpoint
 
 
 def _peak_beside_foreseen(peak: int, foreseen: Mapping[str, float | str]) -> str:
