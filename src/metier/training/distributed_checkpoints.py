@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+from torch.utils.serialization import config as serialization
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
@@ -82,14 +83,20 @@ def _save(trainer: Trainer, folder: Path) -> None:
 
 def _load_trained(model: nn.Module, checkpoint: Path) -> None:
     state = {"model": get_model_state_dict(model, options=_TRAINED)}
-    dcp.load(state, checkpoint_id=checkpoint / STATE)
+    _load(state, checkpoint)
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
 
 
 def _load_optimizer_state(model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> None:
     state = {"optimizer": get_optimizer_state_dict(model, optimizer, options=_TRAINED)}
-    dcp.load(state, checkpoint_id=checkpoint / STATE)
+    _load(state, checkpoint)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_TRAINED)
+
+
+def _load(state: dict[str, Any], checkpoint: Path) -> None:
+    # its parts are read from streams, which cannot be mapped
+    with serialization.patch("load.mmap", False):  # type: ignore[attr-defined]
+        dcp.load(state, checkpoint_id=checkpoint / STATE)
 
 
 def _load_whole_optimizer(optimizer: Optimizer, checkpoint: Path) -> None:

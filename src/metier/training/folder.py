@@ -16,7 +16,7 @@ from metier.routing.routing_profile import RoutingProfile
 
 MAY_DIFFER_ON_RESUME = {
     "resume_from_checkpoint", "report_to", "logging_steps", "save_steps", "save_total_limit", "output_dir",
-    "base_store", "base_folder",
+    "base_store", "base_folder", "fsdp",
 }  # fmt: skip
 """Keys that do not change what a step computes."""
 
@@ -90,7 +90,9 @@ def open_folder(config: RunConfig) -> RunFolder:
     if not folder.config.exists():
         raise RunError(f"{folder.root}: there is no run.yaml, so no run to resume. Check output_dir.")
     before, now = asdict(load_run_config(folder.config)), asdict(config)
-    different = [key for key in now if key not in MAY_DIFFER_ON_RESUME and before[key] != now[key]]
+    # the records of a step stay the same, however many a process has at once
+    free = MAY_DIFFER_ON_RESUME | ({"per_device_train_batch_size"} if config.global_batch_size is not None else set())
+    different = [key for key in now if key not in free and before[key] != now[key]]
     if different:
         listed = "; ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in different)
         raise RunError(

@@ -58,6 +58,7 @@ from metier.training.processes import (
     note_world,
     shard_on_cpus,
 )
+from metier.training.replicas import keep_replicas
 from metier.training.report import write_run_report
 from metier.training.selecting import run_selection
 from metier.training.store_metrics import CountFrozen, CountRows
@@ -178,6 +179,7 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
     )
     if is_sharded(config):
         shard_on_cpus(trainer)
+    keep_replicas(trainer)
     keep_by_ranks(trainer, checkpoint)
     started = time.monotonic()
     # a checkpoint may be larger than memory where rows lie on disk: it is mapped, not read
