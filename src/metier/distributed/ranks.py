@@ -45,9 +45,22 @@ def join_ranks() -> Ranks:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         from accelerate import PartialState
 
+        if is_restart():
+            _join_again()
         # on a machine without an accelerator the state has to be told
         PartialState() if torch.accelerator.is_available() else PartialState(cpu=True)
     return ranks_here()
+
+
+def _join_again() -> None:
+    """Join under a name that no earlier try has used.
+
+    torchrun keeps one store of addresses through its restarts (pytorch#167288), so that the processes of the next try
+    would call at the doors of the last one's, and give up after a minute.
+    """
+    store, rank, size = next(iter(dist.rendezvous("env://")))
+    tries = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    dist.init_process_group(store=dist.PrefixStore(f"try-{tries}", store), rank=rank, world_size=size)
 
 
 def leave_ranks() -> None:
@@ -124,9 +137,8 @@ def total(value: float) -> float:
 
 
 def _device() -> torch.device:
-    """Where the backend's collectives work."""
-    if dist.get_backend() == "gloo":
-        return torch.device("cpu")
-    device = torch.accelerator.current_accelerator()
-    assert device is not None, "a backend that is not gloo has an accelerator"
+    """Where collectives work: the accelerator of this process, or the CPU."""
+    from accelerate import PartialState
+
+    device: torch.device = PartialState().device
     return device

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,24 +135,39 @@ def describe(config: RunConfig, ranks: Ranks) -> str:
 
 @contextmanager
 def lost_peers_told(folder: RunFolder) -> Iterator[None]:
-    """Say what a lost process means, in place of the words of the network.
+    """Say what a lost process means, in place of the words of the network; a launcher then tells the others to end.
 
     Raises:
         RunError: a process that this one talks to is gone.
     """
+    if not ranks_here().are_several:
+        yield
+        return
+
+    def told_to_end(*_: object) -> None:
+        raise _lost(folder)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, told_to_end) if in_main_thread else None
     try:
         yield
     except RuntimeError as error:
-        ranks = ranks_here()
-        if not ranks.are_several or not _is_of_a_peer(error):
+        if not _is_of_a_peer(error):
             raise
-        kept = complete_checkpoints(folder.checkpoints)
-        from_there = f"goes on from {kept[-1]}" if kept else "begins again: there was no complete checkpoint yet"
-        raise RunError(
-            f"process {ranks.rank} of {ranks.size}: another process of the run is gone, as the launcher's own words "
-            f"say.\nNothing since the last complete checkpoint can be kept. The run {from_there} with "
-            "--resume_from_checkpoint last, or by itself where torchrun may start it again (--max-restarts)."
-        ) from error
+        raise _lost(folder) from error
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _lost(folder: RunFolder) -> RunError:
+    ranks, kept = ranks_here(), complete_checkpoints(folder.checkpoints)
+    from_there = f"goes on from {kept[-1]}" if kept else "begins again, for there was no complete checkpoint yet,"
+    return RunError(
+        f"process {ranks.rank} of {ranks.size}: another process of the run is gone, or its launcher ends it; what the "
+        f"launcher says tells which.\nWhat came after the last complete checkpoint is lost. The run {from_there} with "
+        "--resume_from_checkpoint last, or by itself where torchrun may start it again (--max-restarts)."
+    )
 
 
 def _is_of_a_peer(error: RuntimeError) -> bool:

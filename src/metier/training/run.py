@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import peft
-import torch
 from rich.console import Console
 from torch.utils.serialization import config as serialization
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from metier.catalogue.tree import method_of
 from metier.config import RunConfig
-from metier.data.collate import padding_share
 from metier.data.encode import EncodedSet, Item, encode_records
 from metier.data.message import Record
 from metier.data.pairs import encode_pairs
@@ -32,7 +30,6 @@ from metier.models.encoder_decoder import is_encoder_decoder, refuse_encoder_dec
 from metier.models.load import LoadedModel, ignore_renamed_options, load
 from metier.models.skeleton import model_config
 from metier.planning.fit import changed
-from metier.planning.spelling import size
 from metier.planning.state import TrainingPlan, training_plan
 from metier.routing.configured import selection_config
 from metier.routing.selection import ExpertSelection
@@ -61,12 +58,11 @@ from metier.training.processes import (
 from metier.training.replicas import keep_replicas
 from metier.training.report import write_run_report
 from metier.training.selecting import run_selection
+from metier.training.shards import MeasureShards
 from metier.training.store_metrics import CountFrozen, CountRows
+from metier.training.telling import peak_beside_foreseen, step_beside_foreseen, tell_of_padding, tell_of_slow_bf16
 from metier.training.trainer import make_trainer
 from metier.training.whole import make_whole
-
-WORTH_TELLING = 0.2
-"""Share of padding in a batch from which a run says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +108,7 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         )
     whole, config = config, for_ranks(config, ranks)
     base = model_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    foresight = Foresight(config, base, force=force)
+    foresight = Foresight(config, base, force=force, ranks=ranks, is_sharded=is_sharded(config))
     on_main(foresight.before_loading)
     folder, config, checkpoint = on_main(lambda: _opened(whole, config, ranks))
     if config.resume_from_checkpoint is not None:
@@ -120,7 +116,7 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
     if ranks.are_several:
         console.print(describe(config, ranks), highlight=False)
     loaded = load_base(config)
-    _tell_of_slow_bf16(loaded.model, config, console)
+    tell_of_slow_bf16(loaded.model, config, console)
     if config.padding_free:
         refuse_encoder_decoder(loaded.model, "padding_free", "Set padding_free: false; its batches are padded.")
     records = load_records(config.dataset)
@@ -158,8 +154,8 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
     if config.padding_free:
         check_records_stay_apart(model, items.items)
     elif not is_encoder_decoder(model):
-        _tell_of_padding(items, config, console)
-    times = StepTimes()
+        tell_of_padding(items, config, console)
+    times, shards = StepTimes(), MeasureShards(console)
     trainer = make_trainer(
         model,
         loaded.tokenizer,
@@ -171,6 +167,7 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
             CountTokens(num_passes=passes_of(config)),
             *([CountRows()] if config.method == "meft" else []),
             *([CountFrozen()] if config.has_frozen_base else []),
+            *([shards] if is_sharded(config) else []),
             times,
             MetricsLog(folder.metrics, times, foreseen),
             ShowProgress(console, config.method),
@@ -193,11 +190,11 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         # the adapter has them all
         shutil.rmtree(folder.rows, ignore_errors=True)
         measured = {"train_seconds": seconds, "step_seconds": times.usual, "peak_memory_bytes": peak}
-        plan.save(folder.plan, foreseen, measured)
+        plan.save(folder.plan, foreseen, measured | (shards.measured if is_sharded(config) else {}))
         write_run_report(folder, config, selection, num_parameters=plan.num_trained + plan.num_frozen)
     wait_for_all()
-    console.print(_peak_beside_foreseen(peak, foreseen))
-    console.print(_step_beside_foreseen(times.usual, foreseen))
+    console.print(peak_beside_foreseen(peak, foreseen))
+    console.print(step_beside_foreseen(times.usual, foreseen))
     console.print(f"Trained in {seconds:.0f} s; the delta is {folder.adapter}, the report {folder.report}")
     return RunResult(folder.root, model, loaded.tokenizer, plan, selection, seconds, peak)
 
@@ -214,26 +211,6 @@ def _opened(whole: RunConfig, config: RunConfig, ranks: Ranks) -> tuple[RunFolde
     if checkpoint is not None:
         check_world(checkpoint, config, ranks)
     return folder, config, checkpoint
-
-
-def _peak_beside_foreseen(peak: int, foreseen: Mapping[str, float | str]) -> str:
-    if "peak_memory_bytes" not in foreseen:
-        return f"Peak memory {size(peak)}; what it would be was not foreseen: {foreseen['not_traced']}"
-    expected = int(foreseen["peak_memory_bytes"])
-    return f"Peak memory {size(peak)}, {size(expected)} foreseen ({expected / peak - 1:+.1%})"
-
-
-def _step_beside_foreseen(seconds: float | None, foreseen: Mapping[str, float | str]) -> str:
-    if seconds is None:
-        return "There was no step left to take."
-    if "step_seconds" not in foreseen:
-        why = foreseen.get("not_timed", foreseen.get("not_traced"))
-        return f"A step took {seconds:.3g} s; what it would take was not foreseen: {why}"
-    expected = float(foreseen["step_seconds"])
-    return (
-        f"A step took {seconds:.3g} s, {expected:.3g} s foreseen ({expected / seconds - 1:+.0%}), most of it for "
-        f"{foreseen['bottleneck']}"
-    )
 
 
 def load_base(config: RunConfig) -> LoadedModel:
@@ -281,24 +258,6 @@ def _encode(records: Sequence[Record], loaded: LoadedModel, config: RunConfig, c
     if report := encoded.report():
         console.print(report, style="yellow")
     return encoded
-
-
-def _tell_of_padding(items: EncodedSet[Item], config: RunConfig, console: Console) -> None:
-    share = padding_share([len(item.input_ids) for item in items.items], config.per_device_train_batch_size)
-    if share >= WORTH_TELLING:
-        console.print(f"{share:.0%} of what a batch computes is padding; padding_free: true leaves it out.")
-
-
-def _tell_of_slow_bf16(model: PreTrainedModel, config: RunConfig, console: Console) -> None:
-    if model.device.type != "cpu" or not (config.bf16 or model.dtype == torch.bfloat16):
-        return
-    can = torch.cpu.get_capabilities()
-    if can.get("architecture") == "x86_64" and not (can.get("avx512_bw") or can.get("avx_ne_convert")):
-        console.print(
-            "This CPU has no instructions for bfloat16: its products take some 50 times as long as float32's, which "
-            "dtype: float32 and bf16: false give.",
-            style="yellow",
-        )
 
 
 def _save(model: PreTrainedModel | peft.PeftModel, tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> None:
