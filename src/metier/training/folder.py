@@ -85,7 +85,10 @@ def open_folder(config: RunConfig) -> RunFolder:
                 "with it by --resume_from_checkpoint last."
             )
         folder.root.mkdir(parents=True, exist_ok=True)
-        folder.config.write_text(_header() + config.to_yaml(), encoding="utf-8")
+        # whole or not at all: a run may be killed at any moment
+        half = folder.root / ".run.yaml"
+        half.write_text(_header() + config.to_yaml(), encoding="utf-8")
+        half.replace(folder.config)
         return folder
     if not folder.config.exists():
         raise RunError(f"{folder.root}: there is no run.yaml, so no run to resume. Check output_dir.")

@@ -33,7 +33,10 @@ def run_selection(
     else:
         selection = _from_profile(model, tokenizer, records, config, folder)
     if ranks_here().is_main:
-        selection.save(folder.selection)
+        # whole or not at all: a run may be killed at any moment, and would then go on with half of it
+        half = folder.root / ".selection.json"
+        selection.save(half)
+        half.replace(folder.selection)
     return selection
 
 
