@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-SECONDS = 240
+SECONDS = 900
 """A launch ends within them, or is a hang."""
 
 
