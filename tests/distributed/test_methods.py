@@ -34,6 +34,12 @@ DENSE: dict[str, dict[str, object]] = {
     "norms": {},
     "meft": {"meft_r": 64},
 }
+IN_STORES: dict[str, dict[str, object]] = {
+    "esft_host": {"method": "esft", "base_store": "host", "select_top_k": 3},
+    "lora_int8": {"method": "lora", "base_format": "int8"},
+    "esft_without_padding": {"method": "esft", "padding_free": True, "select_top_k": 3},
+}
+"""By copies of the weights alone."""
 CASES = [("moe", sharding) for sharding in ("ddp", "fsdp")] + [("dense", sharding) for sharding in ("ddp", "fsdp")]
 
 
@@ -43,19 +49,13 @@ CASES = [("moe", sharding) for sharding in ("ddp", "fsdp")] + [("dense", shardin
 def test_methods_train_as_in_one_process(
     kind: str, sharding: str, world: Path, tmp_path: Path, run_file_of: Callable[..., Path]
 ) -> None:
-    methods = MOE if kind == "moe" else DENSE
+    methods = (MOE | (IN_STORES if sharding == "ddp" else {})) if kind == "moe" else DENSE
     files: dict[str, list[str]] = {"one": [], "two": []}
     for side, paths in files.items():
         (tmp_path / side).mkdir()
         for method, options in methods.items():
-            selects = method == "expert_lora"
-            changes = {
-                "model": str(world / kind),
-                "method": method,
-                "max_steps": 5,
-                **options,
-                **({} if selects else {"select_top_k": None}),
-            }
+            selects = {} if method == "expert_lora" else {"select_top_k": None}
+            changes = {"model": str(world / kind), "method": method, "max_steps": 5, **selects, **options}
             paths.append(str(run_file_of(tmp_path / side, method, **changes)))
     script = str(Path(__file__).with_name("many_runs.py"))
     one = command([sys.executable, script, *files["one"]])

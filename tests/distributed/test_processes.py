@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,15 @@ from metier.errors import ConfigError, RunError
 from metier.memory import step_gradients
 from metier.memory.row_store import RowStore
 from metier.memory.step_gradients import StepGradients
-from metier.training.processes import check_world, describe, for_ranks, global_batch, lost_peers_told, note_world
+from metier.training.processes import (
+    check_world,
+    describe,
+    for_ranks,
+    global_batch,
+    load_everywhere,
+    lost_peers_told,
+    note_world,
+)
 from metier.training.run import _opened
 
 TWO = Ranks(rank=0, size=2, local_size=2)
@@ -71,6 +80,16 @@ def test_the_launchers_sharding_must_be_the_second_version(monkeypatch: pytest.M
     with pytest.raises(ConfigError, match="the launcher's configuration shards them"):
         for_ranks(config(base_store="host"), TWO)
     assert "FSDP2" in describe(for_ranks(config(), TWO), TWO)
+
+
+def test_no_process_is_left_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    assert load_everywhere(config()) is None
+    told = load_everywhere(config(fsdp=True))
+    assert told is not None
+    assert "fsdp_cpu_ram_efficient_loading is turned off" in told
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+    assert load_everywhere(config(fsdp=True)) is None
 
 
 def test_a_checkpoint_of_another_batch_is_refused(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_accelerate_launch_shards_by_its_own_configuration(alone: Path, tmp_path
     (tmp_path / "fsdp.yaml").write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2\n"
         "  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP\n  fsdp_state_dict_type: SHARDED_STATE_DICT\n"
-        "  fsdp_cpu_ram_efficient_loading: false\nnum_processes: 2\nmixed_precision: 'no'\nuse_cpu: true\n"
+        "  fsdp_cpu_ram_efficient_loading: true\nnum_processes: 2\nmixed_precision: 'no'\nuse_cpu: true\n"
     )
     launcher = metier_command()[0]
     done = command(
@@ -91,4 +91,5 @@ def test_accelerate_launch_shards_by_its_own_configuration(alone: Path, tmp_path
     )  # fmt: skip
     assert done.code == 0, done.text
     assert "weights sharded over them (FSDP2)" in done.text
+    assert "fsdp_cpu_ram_efficient_loading is turned off" in done.text
     same_run(alone, tmp_path / "two")

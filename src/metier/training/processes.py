@@ -30,6 +30,7 @@ from metier.training.folder import RunFolder
 
 WORLD = "world.json"
 """In a checkpoint: how many processes made it, and how many records a step of theirs has."""
+_EMPTY_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 _OPTIMIZERS_OF_ONE = {
     "mezo": "each process would walk in a direction of its own",
     "lisa": "the layers that are trained change, and a process waits for gradients of all",
@@ -62,6 +63,21 @@ def for_ranks(config: RunConfig, ranks: Ranks) -> RunConfig:
         )
     batches = config.global_batch_size // at_once
     return changed(config, {"global_batch_size": None, "gradient_accumulation_steps": batches})
+
+
+def load_everywhere(config: RunConfig) -> str | None:
+    """Have every process load the weights, whatever the launcher's configuration says; what was changed, in words.
+
+    With accelerate's `fsdp_cpu_ram_efficient_loading` all but one have empty weights until they are parted, and what is
+    measured before that (routing, masks) would be measured on nothing.
+    """
+    if not is_sharded(config) or os.environ.get(_EMPTY_LOADING, "false").lower() != "true":
+        return None
+    os.environ[_EMPTY_LOADING] = "false"
+    return (
+        "fsdp_cpu_ram_efficient_loading is turned off: each process loads the weights, for what is measured before "
+        "they are parted is measured in all"
+    )
 
 
 def global_batch(config: RunConfig, ranks: Ranks) -> int:

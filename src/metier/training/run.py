@@ -51,6 +51,7 @@ from metier.training.processes import (
     describe,
     for_ranks,
     is_sharded,
+    load_everywhere,
     lost_peers_told,
     note_world,
     shard_on_cpus,
@@ -115,6 +116,8 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         console.print(f"Resuming from {checkpoint or 'the beginning: there is no complete checkpoint yet'}")
     if ranks.are_several:
         console.print(describe(config, ranks), highlight=False)
+        if told := load_everywhere(config):
+            console.print(told, style="yellow")
     loaded = load_base(config)
     tell_of_slow_bf16(loaded.model, config, console)
     if config.padding_free:
