@@ -22,7 +22,6 @@ MOE: dict[str, dict[str, object]] = {
     "full": {},
     "ia3": {},
     "houlsby": {},
-    "bitfit": {},
 }
 DENSE: dict[str, dict[str, object]] = {
     "lora": {},
@@ -31,15 +30,15 @@ DENSE: dict[str, dict[str, object]] = {
     "prefix_attention": {},
     "parallel_adapter": {},
     "vera": {},
-    "norms": {},
     "meft": {"meft_r": 64},
 }
-IN_STORES: dict[str, dict[str, object]] = {
+COPIES: dict[str, dict[str, object]] = {
     "esft_host": {"method": "esft", "base_store": "host", "select_top_k": 3},
     "lora_int8": {"method": "lora", "base_format": "int8"},
     "esft_without_padding": {"method": "esft", "padding_free": True, "select_top_k": 3},
 }
-"""By copies of the weights alone."""
+"""What goes with copies of the weights alone."""
+ENTRIES: dict[str, dict[str, object]] = {"norms": {}, "fishmask": {}}
 CASES = [("moe", sharding) for sharding in ("ddp", "fsdp")] + [("dense", sharding) for sharding in ("ddp", "fsdp")]
 
 
@@ -49,7 +48,8 @@ CASES = [("moe", sharding) for sharding in ("ddp", "fsdp")] + [("dense", shardin
 def test_methods_train_as_in_one_process(
     kind: str, sharding: str, world: Path, tmp_path: Path, run_file_of: Callable[..., Path]
 ) -> None:
-    methods = (MOE | (IN_STORES if sharding == "ddp" else {})) if kind == "moe" else DENSE
+    by_copies = {"moe": COPIES, "dense": ENTRIES}[kind] if sharding == "ddp" else {}
+    methods = {"moe": MOE, "dense": DENSE}[kind] | by_copies
     files: dict[str, list[str]] = {"one": [], "two": []}
     for side, paths in files.items():
         (tmp_path / side).mkdir()

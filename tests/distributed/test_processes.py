@@ -66,6 +66,13 @@ def test_a_procedure_of_one_process_is_refused_by_name(method: str) -> None:
         for_ranks(config(method=method), TWO)
 
 
+@pytest.mark.parametrize("method", ["norms", "fishmask", "diff_pruning"])
+def test_entries_of_weights_are_not_written_into_shards(method: str) -> None:
+    with pytest.raises(ConfigError, match=f"fsdp: {method} writes single entries into the base's weights"):
+        for_ranks(config(method=method, fsdp=True), TWO)
+    for_ranks(config(method=method), TWO)
+
+
 def test_a_base_in_a_store_is_not_sharded_too() -> None:
     with pytest.raises(ConfigError, match="fsdp shards the base's weights over processes"):
         config(fsdp=True, base_store="host")

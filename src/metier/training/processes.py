@@ -133,6 +133,11 @@ def _check(config: RunConfig) -> None:
         return
     if int(os.environ.get("FSDP_VERSION", "2")) != 2:
         raise ConfigError("fsdp: got version 1 of the launcher's configuration, expected fsdp_version: 2. Set it.")
+    if (method.config or "").startswith("metier.methods.sparse_delta"):
+        raise ConfigError(
+            f"fsdp: {method.name} writes single entries into the base's weights, of which each process would have a "
+            "part. Leave fsdp out: each process then has a copy."
+        )
     if config.has_frozen_base:
         raise ConfigError(
             "base_store and base_format keep the base's weights elsewhere, and the launcher's configuration shards "
