@@ -1,7 +1,8 @@
-"""What every test needs: no network, quiet tokenizers, and property tests without a deadline."""
+"""What every test needs: no network, quiet tokenizers, property tests without a deadline, short garbage collections."""
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 
@@ -19,3 +20,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # a loaded machine is no failing test
 settings.register_profile("metier", deadline=None)
 settings.load_profile("metier")
+
+
+def pytest_collection_finish() -> None:
+    """All that tests import is there, and stays: a collection that visits it takes half a second, and a batch of
+    transformers' asks for two as it ends."""
+    gc.collect()
+    gc.freeze()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -256,3 +257,13 @@ def test_threads_of_torch_stay_as_many_as_they_were() -> None:
             assert new.submit(torch.get_num_threads).result() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_threads_come_after_those_that_compute_answers(reader: CheckedReader) -> None:
+    def niceness() -> int:
+        time.sleep(0.01)  # so that each of the threads is asked
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    asked = [reader._threads.submit(niceness) for _ in range(4)]
+    assert [each.result() for each in asked] == [min(19, niceness() + 10)] * 4

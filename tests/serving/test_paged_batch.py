@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -159,6 +160,23 @@ def test_every_request_has_a_last_output_when_the_batch_is_stopped() -> None:
     assert sorted(ends) == sorted(asked)
     with pytest.raises(ServingError, match="the engine's loop has ended"):
         batch.add([5])
+
+
+def test_a_batch_that_waits_for_requests_hears_that_it_is_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Batch(with_deltas("olmoe").model, LIMITS)
+    news, is_waiting = batch.paged._manager._wake_up_loop, threading.Event()
+
+    def wait(timeout: float) -> None:
+        """Without looking again after a while."""
+        is_waiting.set()
+        threading.Event.wait(news, 60)
+
+    monkeypatch.setattr(news, "wait", wait)
+    batch.paged.start()
+    is_waiting.wait()
+    began = time.monotonic()
+    batch.paged.stop()
+    assert time.monotonic() - began < 30
 
 
 def test_a_request_that_a_full_cache_put_back_goes_on_once_the_last_running_one_is_cancelled() -> None:

@@ -85,14 +85,16 @@ def served(command: str, port: int, environment: dict[str, str], folder: Path) -
 
 def wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        assert process.poll() is None, f"the server ended by itself:\n{log.read_text()}"
-        try:
-            if httpx2.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200:
-                return
-        except httpx2.TransportError:
-            pass
-        time.sleep(0.1)
+    # one client: to make one takes as long as it waits between two looks
+    with httpx2.Client(trust_env=False) as client:
+        while time.monotonic() < deadline:
+            assert process.poll() is None, f"the server ended by itself:\n{log.read_text()}"
+            try:
+                if client.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    return
+            except httpx2.TransportError:
+                pass
+            time.sleep(0.1)
     raise AssertionError(f"no answer within {START_SECONDS} s:\n{log.read_text()}")
 
 

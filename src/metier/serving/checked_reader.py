@@ -2,6 +2,7 @@
 
 A delta may be gigabytes, and requests are running meanwhile. So it is read a piece at a time for each thread, small
 enough for a processor's cache: straight to where it is wanted, or copied there, and hashed while it is in the cache.
+The threads take what the requests' steps leave of the processors.
 The file is not mapped into memory: one that is cut off under a mapping kills the process, and one that is altered
 meanwhile could be another when it is copied than it was when it was hashed.
 """
@@ -9,6 +10,7 @@ meanwhile could be another when it is copied than it was when it was hashed.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +29,9 @@ from metier.errors import CorruptDeltaError, DeltaError
 
 _PIECE_BYTES = 1 << 20
 _NUM_THREADS = 2
+_NICENESS = 10
+"""A tenth of a step's share of a processor that both want. With less, a reader that holds Python's lock would keep the
+step waiting until other processes let it go on."""
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 Rows = Tensor | Sequence[Tensor]
 """Where a stored tensor goes: to one of its shape, or to one for each index of its first axis, in any float dtype."""
@@ -69,7 +74,7 @@ class CheckedReader:
         # one processor each: torch's own threads would take those of the running requests. It sets the number for the
         # calling thread and for threads to come, so what it was is set again for the latter
         num_threads, all_here = torch.get_num_threads(), threading.Barrier(_NUM_THREADS)
-        wait([self._threads.submit(_use_one_processor, all_here) for _ in range(_NUM_THREADS)])
+        wait([self._threads.submit(_stand_back, all_here) for _ in range(_NUM_THREADS)])
         torch.set_num_threads(num_threads)
 
     def read(self, file: TensorFile, destinations: Mapping[str, Rows] | None = None) -> None:
@@ -165,7 +170,10 @@ class _Job:
     """Tensors that no thread has begun; empty once one has failed."""
 
 
-def _use_one_processor(all_here: threading.Barrier) -> None:
+def _stand_back(all_here: threading.Barrier) -> None:
+    """Take one processor for the calling thread, and that after those who compute answers."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
     torch.set_num_threads(1)
     torch.get_num_threads()  # a thread takes the number over when it first asks, and keeps it
     all_here.wait()  # else one thread would take both calls

@@ -106,6 +106,9 @@ class PagedBatch:
 
     def stop(self) -> None:
         """End the loop after the running step; requests that are not done fail."""
+        status = self._manager.background_thread_status
+        status.request_stop(status.HARD_STOP, 0)
+        self._manager._wake_up_loop.set()  # one that has nothing to do would look again in a tenth of a second
         self._manager.stop(block=True, hard_stop=True)
         for hook in self._hooks:
             hook.remove()

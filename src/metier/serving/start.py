@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from metier.errors import ConfigError, DeltaError
 from metier.memory.allocator import keep_memory
+from metier.memory.collector import keep_objects
 from metier.models.load import load
 from metier.models.moe import is_dense, moe_layers
 from metier.serving.base_self_test import base_self_test
@@ -79,6 +80,7 @@ def start_engine(
     keep_memory()
     loaded = load(model, dtype=dtype)
     base = loaded.model.eval().requires_grad_(False)
+    keep_objects()
     facts = model_facts(base, loaded.source)
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or _POSITIONS
     parted = budgets(
