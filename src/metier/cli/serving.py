@@ -64,7 +64,7 @@ def serve(
     """Serve a base and its deltas over OpenAI's API, all in one batch; a request's `model` names its delta."""
     _check_installed()
     from metier.errors import ConfigError
-    from metier.planning.fit import read_bytes
+    from metier.planning.sizes import read_bytes
     from metier.serving.http.app import create_app
     from metier.serving.http.server import bound_socket, run
     from metier.serving.http.settings import HttpSettings
