@@ -19,7 +19,7 @@ ORDER = (
     ("routing", "memory"),
     ("data",),
     ("models",),
-    ("embedded", "config", "config_reading"),
+    ("embedded", "config", "config_reading", "distributed"),
     ("catalogue",),
     ("errors",),
 )

@@ -131,6 +131,10 @@ class RunConfig:
     """Records that one device processes at once."""
     gradient_accumulation_steps: int = 1
     """Batches whose gradients are summed before a step."""
+    global_batch_size: int | None = None
+    """Records of a step over all processes, in place of `gradient_accumulation_steps`: the same run on any number."""
+    fsdp: bool = False
+    """Shard the weights over the processes that torchrun or accelerate has started (FSDP2): no copy in each."""
     num_train_epochs: float = 1.0
     """Passes over the training data; `max_steps` goes before it."""
     max_steps: int | None = None
@@ -217,6 +221,16 @@ class RunConfig:
                 f"base_folder: got {self.base_folder!r}, but the base's weights are in no store. Set base_store or "
                 "base_format, or leave it out."
             )
+        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
+            raise ConfigError(
+                "global_batch_size says how many batches a step has, and so does gradient_accumulation_steps. Leave "
+                "one of them out."
+            )
+        if self.fsdp and self.has_frozen_base:
+            raise ConfigError(
+                "fsdp shards the base's weights over processes, base_store and base_format keep them elsewhere. Leave "
+                "one side out."
+            )
         _require(self.lora_dropout < 1, "lora_dropout", "be less than 1", self.lora_dropout)
         if method.not_resumable and (self.save_steps is not None or self.resume_from_checkpoint is not None):
             raise ConfigError(
@@ -294,6 +308,7 @@ _AT_LEAST_ONE = (
     "meft_top_k",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "global_batch_size",
     "max_steps",
     "max_length",
     "logging_steps",

@@ -33,6 +33,9 @@ def main() -> None:
     except MetierError as error:
         if os.environ.get("METIER_DEBUG"):
             raise
+        if getattr(error, "was_told", False):
+            # by the process that speaks for all
+            sys.exit(2)
         from rich.console import Console
         from rich.text import Text
 

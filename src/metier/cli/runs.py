@@ -42,9 +42,13 @@ def train(
     if preview:
         _preview(config)
         return
+    from metier.distributed.ranks import leave_ranks
     from metier.training.run import train as train_run
 
-    train_run(config, force=force)
+    try:
+        train_run(config, force=force)
+    finally:
+        leave_ranks()
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, epilog=RUN_KEYS)

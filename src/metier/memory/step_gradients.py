@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from metier.distributed.ranks import ranks_here, summed
 from metier.errors import ConfigError
 from metier.memory.row_store import RowStore
 
 _ROOM = 1.25
 """How much larger than needed a buffer is made when it has to grow."""
+_AT_ONCE = 64
+"""Blocks that processes send each other at once."""
 
 
 class StepGradients:
@@ -81,6 +84,43 @@ class StepGradients:
     def read_ahead(self, slots: slice) -> None:
         """Have the disk read gradients that an optimizer will come to soon."""
         self.store.wanted(range(slots.start, slots.stop), ("gradients",))
+
+    @torch.no_grad()
+    def average_over_ranks(self) -> None:
+        """The mean over the processes of a run, each of which has a replica of the store; all of them must call this.
+
+        Afterwards all have gradients of the same blocks, in the same order, whichever of them they used themselves.
+        """
+        device = self._buffer.device
+        used_N = torch.zeros(self.store.num_blocks, dtype=torch.int64)
+        used_N[self.block_ids] = 1
+        blocks: list[int] = summed(used_N).nonzero().flatten().tolist()
+        if not blocks:
+            return
+        places, _, is_new = self.places(blocks, device)
+        for place, is_without in zip(places, is_new, strict=True):
+            if is_without:
+                place.zero_()
+        self._sort()
+        num_slots, size = len(blocks), ranks_here().size
+        for first in range(0, num_slots, _AT_ONCE):
+            part = slice(first, min(first + _AT_ONCE, num_slots))
+            self._buffer[part] = summed(self._buffer[part]) / size
+        self._fired[:num_slots] = summed(self._fired[:num_slots].to(torch.int32)) > 0
+
+    def _sort(self) -> None:
+        """Put the slots into the order of their blocks, each in its turn, without room for all of them twice."""
+        for slot, block in enumerate(sorted(self.block_ids)):
+            other = self._slot[block]
+            if other == slot:
+                continue
+            for tensor in (self._buffer, self._fired):
+                taken = tensor[slot].clone()
+                tensor[slot] = tensor[other]
+                tensor[other] = taken
+            moved = self.block_ids[slot]
+            self.block_ids[slot], self.block_ids[other] = block, moved
+            self._slot[block], self._slot[moved] = slot, other
 
     def clear(self) -> None:
         """Forget the step: its gradients were used, or are not wanted."""

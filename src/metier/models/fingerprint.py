@@ -72,6 +72,17 @@ def fingerprint_of_any(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def fingerprint_tensors(model: nn.Module) -> list[Tensor]:
+    """The tensors whose values `fingerprint_of_any` covers."""
+    bare = bare_model(model)
+    show_base(bare)
+    try:
+        layers = moe_layers(bare)
+    except UnsupportedModelError:
+        return [tensor for _, tensor in base_tensors(bare) if tensor.dim() == 1]
+    return [tensor for layer in layers for _, tensor in router_tensors(bare, layer)]
+
+
 def _add(digest: hashlib._Hash, name: str, tensor: Tensor, bare: nn.Module) -> None:
     digest.update(f"{name} {tuple(tensor.shape)}".encode())
     if not (tensor.is_meta and getattr(bare, _SKELETON, False)):

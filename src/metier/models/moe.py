@@ -83,10 +83,12 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
         model: a transformers model, bare or wrapped by PEFT.
 
     Raises:
-        UnsupportedModelError: the model has no MoE layer; it has MoE layers outside the contract; or two of
-            its MoE layers claim the same decoder layer (two stacks in one model).
+        UnsupportedModelError: the model has no MoE layer; it has MoE layers outside the contract; two of its MoE
+            layers claim the same decoder layer (two stacks in one model); or its experts are parted among processes
+            (transformers' expert parallelism).
     """
     bare = bare_model(model)
+    _refuse_parted(bare)
     layers = _layers_in_contract(bare)
     _refuse_foreign(bare, layers)
     if not layers:
@@ -104,6 +106,17 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
                 f"{type(bare).__name__} instead of the whole."
             )
     return layers
+
+
+def _refuse_parted(bare: nn.Module) -> None:
+    for path, module in bare.named_modules():
+        # not the instance: wrappers answer for what they wrap
+        if vars(module).get("_is_expert_parallel", False):
+            raise UnsupportedModelError(
+                f"{base_path(path)}: its experts are parted among processes by transformers' expert parallelism "
+                "(ep_size), which renumbers them in each, so that an expert's number no longer says which one it is.\n"
+                "Load the model without ep_size, and shard it by FSDP2: fsdp: true."
+            )
 
 
 def is_dense(model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ sequences. Blocks, and not single sequences, because memory then does not grow w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -43,15 +44,20 @@ class BlockCounts:
         top_k: int,
         num_tokens_G: Tensor,
         meta: dict[str, str],
+        over: Callable[[Tensor], Tensor] | None = None,
     ) -> BlockCounts:
-        """What `counter` has counted so far."""
+        """What `counter` has counted so far; `over` adds what other processes' counters have."""
+        sums = (counter.token_counts_GLE(), counter.gate_mass_GLE(), counter.output_norm_GLE())
+        counts_GLE, mass_GLE, norm_GLE = (None if x is None else x if over is None else over(x) for x in sums)
+        assert counts_GLE is not None, "counted always"
+        assert mass_GLE is not None, "counted always"
         return cls(
             layer_ids=layer_ids,
             num_experts=num_experts,
             top_k=top_k,
-            token_counts_GLE=counter.token_counts_GLE(),
-            gate_mass_GLE=counter.gate_mass_GLE(),
-            output_norm_GLE=counter.output_norm_GLE(),
+            token_counts_GLE=counts_GLE,
+            gate_mass_GLE=mass_GLE,
+            output_norm_GLE=norm_GLE,
             num_tokens_G=num_tokens_G,
             meta=meta,
         )

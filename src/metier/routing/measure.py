@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from metier import __version__
 from metier.data.pairs import Pair, PairCollator
+from metier.distributed.ranks import Ranks, ranks_here, summed
 from metier.errors import ConfigError, DataError, UnsupportedModelError
 from metier.models.encoder_decoder import decoder_start_token, is_encoder_decoder, refuse_encoder_decoder
 from metier.models.fingerprint import fingerprint_of_any
@@ -42,6 +43,7 @@ def count_sequences(
     batch_size: int,
     output_norms: bool = False,
     until_stable: StabilityConfig | None = None,
+    over_ranks: bool = False,
 ) -> RoutingProfile:
     """The profile of ready sequences of token ids.
 
@@ -52,6 +54,8 @@ def count_sequences(
         output_norms: measure the norms of the experts' outputs too, which runs the experts once more.
         until_stable: stop as soon as the selection is stable; looked at after 16 sequences, 32, 64 … The
             profile then has `stable_after_tokens` and `split_half_interval` in its meta.
+        over_ranks: each of the processes that work together runs its share of the batches, and each gets the profile
+            of them all. All of them must call this.
 
     Warns:
         UnreliableProfileWarning: `until_stable`, but the selection was not stable after all sequences.
@@ -63,7 +67,14 @@ def count_sequences(
     """
     refuse_encoder_decoder(model, "count_sequences", "Give its prompts and replies to `count_pairs`.")
     inputs = FullSequences(sequences_NS)
-    return _count(model, inputs, batch_size=batch_size, output_norms=output_norms, until_stable=until_stable)
+    return _count(
+        model,
+        inputs,
+        batch_size=batch_size,
+        output_norms=output_norms,
+        until_stable=until_stable,
+        over_ranks=over_ranks,
+    )
 
 
 def count_pairs(
@@ -74,6 +85,7 @@ def count_pairs(
     batch_size: int,
     output_norms: bool = False,
     until_stable: StabilityConfig | None = None,
+    over_ranks: bool = False,
 ) -> RoutingProfile:
     """The profile of an encoder-decoder on prompts and their replies; padding is not counted.
 
@@ -86,10 +98,17 @@ def count_pairs(
         pad_token_id: the tokenizer's.
         batch_size: pairs a forward pass.
         output_norms: as `count_sequences`.
-        until_stable: as `count_sequences`.
+        until_stable, over_ranks: as `count_sequences`.
     """
     inputs = Pairs(pairs, PairCollator(pad_token_id, decoder_start_token(model)))
-    return _count(model, inputs, batch_size=batch_size, output_norms=output_norms, until_stable=until_stable)
+    return _count(
+        model,
+        inputs,
+        batch_size=batch_size,
+        output_norms=output_norms,
+        until_stable=until_stable,
+        over_ranks=over_ranks,
+    )
 
 
 def _count(
@@ -99,6 +118,7 @@ def _count(
     batch_size: int,
     output_norms: bool,
     until_stable: StabilityConfig | None,
+    over_ranks: bool,
 ) -> RoutingProfile:
     num_tokens_N = inputs.num_tokens_N
     num_sequences = len(num_tokens_N)
@@ -112,10 +132,12 @@ def _count(
     capture = RoutingCapture(layers, counter, with_output_norms=output_norms)
     block_N = torch.arange(num_sequences) % num_blocks
     meta = _describe(model, sequence_length=inputs.sequence_length)
+    ranks = ranks_here() if over_ranks else Ranks()
     start = 0
     with evaluating(model), capture.watch():
         for end in [num_sequences] if until_stable is None else check_points(num_sequences):
-            for first in range(start, end, batch_size):
+            # a pass at a time and process: the very batches of one process, so the routers see the same bits
+            for first in range(start + ranks.rank * batch_size, end, ranks.size * batch_size):
                 _run(model, inputs, first, min(first + batch_size, end), block_N, capture)
             blocks = BlockCounts.counted(
                 counter,
@@ -126,6 +148,7 @@ def _count(
                     0, block_N[:end], num_tokens_N[:end]
                 ),
                 meta=meta,
+                over=summed if over_ranks else None,
             )
             if until_stable is not None:
                 stability = measure_stability(blocks, until_stable, num_sequences=end)

@@ -51,6 +51,7 @@ def profile(
     seed: int = 0,
     output_norms: bool = False,
     until_stable: StabilityConfig | None = None,
+    over_ranks: bool = False,
 ) -> RoutingProfile:
     """Count, by layer and expert, what the router chooses on `records`, and how strongly.
 
@@ -75,6 +76,8 @@ def profile(
         until_stable: stop before `num_tokens` as soon as the selection is stable: the lower end of the
             interval of split-half agreement reaches the threshold. It is looked at after 16 sequences, 32, 64
             and so on, so `max_length` decides how early. None measures all `num_tokens`.
+        over_ranks: the processes of a distributed run share the sequences out, and each gets the profile that one
+            process would have measured, to the bit. All of them must call this.
 
     Returns:
         A profile; even and odd sequences are kept apart in it. Fewer tokens than asked for where the data is
@@ -97,6 +100,7 @@ def profile(
         if value < 1:
             raise ConfigError(f"{name}: got {value}, expected at least 1.")
     options: dict[str, Any] = {"batch_size": batch_size, "output_norms": output_norms, "until_stable": until_stable}
+    options["over_ranks"] = over_ranks
     if is_encoder_decoder(model):
         pairs = _pairs(records, tokenizer, num_tokens=num_tokens, max_length=max_length, seed=seed)
         measured = count_pairs(model, pairs, pad_token_id=int(tokenizer.pad_token_id), **options)

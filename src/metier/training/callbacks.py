@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from metier.distributed.ranks import largest, ranks_here, total
 from metier.memory.process_memory import ProcessMemory
 
 _CLEAR = Path("/proc/self/clear_refs")
@@ -85,7 +86,7 @@ class CountTokens(TrainerCallback):
         **_: Any,
     ) -> None:
         if logs is not None and ("num_tokens" in logs or "loss" in logs):
-            logs["num_tokens"] = float(self.num_tokens)
+            logs["num_tokens"] = total(self.num_tokens)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._hook is not None:
@@ -143,6 +144,8 @@ class MetricsLog(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._started = time.monotonic()
+        if not ranks_here().is_main:
+            return
         kept = []
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
@@ -170,7 +173,10 @@ class MetricsLog(TrainerCallback):
         if since:
             row["step_seconds"] = round(fmean(since), 4)
             self._num_logged += len(since)
-        row |= {"seconds": round(seconds, 3), "peak_memory_bytes": peak_memory_bytes(), **self.foreseen}
+        peak = int(largest(peak_memory_bytes()))
+        row |= {"seconds": round(seconds, 3), "peak_memory_bytes": peak, **self.foreseen}
+        if not ranks_here().is_main:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from metier.distributed.ranks import ranks_here, wait_for_all
 from metier.errors import RunError
 
 _MARKER = "complete"
@@ -25,11 +27,18 @@ class MarkCheckpoints(TrainerCallback):
     The trainer's own limit removes before it tells of the new checkpoint: a kill in between would leave none.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
-        self.limit = limit
+    def __init__(self, limit: int | None = None, note: Callable[[Path], None] | None = None) -> None:
+        """`note` is called with a checkpoint's folder before it is marked, to write into it what belongs to it."""
+        self.limit, self.note = limit, note
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        # each process writes a part of it
+        wait_for_all()
+        if not ranks_here().is_main:
+            return
+        if self.note is not None:
+            self.note(folder)
         for path in folder.rglob("*"):
             if path.is_file():
                 _flush(path)

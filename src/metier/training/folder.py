@@ -16,7 +16,7 @@ from metier.routing.routing_profile import RoutingProfile
 
 MAY_DIFFER_ON_RESUME = {
     "resume_from_checkpoint", "report_to", "logging_steps", "save_steps", "save_total_limit", "output_dir",
-    "base_store", "base_folder",
+    "base_store", "base_folder", "fsdp",
 }  # fmt: skip
 """Keys that do not change what a step computes."""
 
@@ -85,12 +85,17 @@ def open_folder(config: RunConfig) -> RunFolder:
                 "with it by --resume_from_checkpoint last."
             )
         folder.root.mkdir(parents=True, exist_ok=True)
-        folder.config.write_text(_header() + config.to_yaml(), encoding="utf-8")
+        # whole or not at all: a run may be killed at any moment
+        half = folder.root / ".run.yaml"
+        half.write_text(_header() + config.to_yaml(), encoding="utf-8")
+        half.replace(folder.config)
         return folder
     if not folder.config.exists():
         raise RunError(f"{folder.root}: there is no run.yaml, so no run to resume. Check output_dir.")
     before, now = asdict(load_run_config(folder.config)), asdict(config)
-    different = [key for key in now if key not in MAY_DIFFER_ON_RESUME and before[key] != now[key]]
+    # the records of a step stay the same, however many a process has at once
+    free = MAY_DIFFER_ON_RESUME | ({"per_device_train_batch_size"} if config.global_batch_size is not None else set())
+    different = [key for key in now if key not in free and before[key] != now[key]]
     if different:
         listed = "; ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in different)
         raise RunError(

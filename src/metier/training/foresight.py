@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from metier.config import POLICIES, RunConfig
 from metier.data.encode import IGNORED, Item
+from metier.distributed.ranks import Ranks
 from metier.errors import RunError
 from metier.memory.allocator import give_back_what_is_free
 from metier.memory.memory_limit import held_bytes, memory_limit_bytes
@@ -23,7 +25,7 @@ from metier.methods.wrap import selects_experts
 from metier.planning.budget import machine_budget, workspace_bytes
 from metier.planning.clock import clock_here
 from metier.planning.estimate import TRACED, Estimate, Estimator
-from metier.planning.fit import changed, smallest_change
+from metier.planning.fit import Budget, changed, smallest_change
 from metier.planning.machine import fingerprint
 from metier.planning.spelling import size
 from metier.planning.step import Batch
@@ -45,15 +47,25 @@ class Foresight:
         config: the run.
         base: the model's configuration.
         force: say nothing of what does not fit.
+        ranks: the processes of the run; those of one machine share its memory.
+        is_sharded: they share the weights out among themselves, which a trace of one does not know.
     """
 
-    def __init__(self, config: RunConfig, base: PreTrainedConfig, *, force: bool) -> None:
-        self.config, self.force = config, force
+    def __init__(
+        self,
+        config: RunConfig,
+        base: PreTrainedConfig,
+        *,
+        force: bool,
+        ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+        is_sharded: bool = False,
+    ) -> None:
+        self.config, self.force, self.ranks, self.is_sharded = config, force, ranks, is_sharded
         # what a former run of the process has left is no part of this one
         gc.collect()
         give_back_what_is_free()
         reset_peak_memory()
-        self.budget = machine_budget()
+        self.budget = _share(machine_budget(), ranks)
         # where there is one memory it is the process's that is measured
         self._workspace_bytes = 0 if torch.cuda.is_available() else workspace_bytes()
         self._own_bytes = 0 if torch.cuda.is_available() else peak_memory_bytes()
@@ -66,7 +78,7 @@ class Foresight:
         Raises:
             RunError: they are.
         """
-        if not self.force:
+        if not self.force and not self.is_sharded:
             with suppress(NeedsWeightsError):
                 self._check(self._estimator.without_activations(_at_least(self.config)))
 
@@ -89,6 +101,8 @@ class Foresight:
         Raises:
             RunError: it does not fit.
         """
+        if self.is_sharded:
+            return {"not_traced": "a shard of the weights is not traced; metier plan --world-size says what one takes."}
         self._estimator.profile = profile
         try:
             found = self._estimator(_with_selection(self.config, selection), largest_batch(items, self.config))
@@ -128,9 +142,10 @@ class Foresight:
             give_back_what_is_free()
             reset_peak_memory()
             self._peak_before = peak
+        steps = num_steps(math.ceil(len(items) / self.ranks.size), self.config)
         return {
             "step_seconds": timed.seconds,
-            "train_seconds": timed.seconds * max(0, num_steps(len(items), self.config) - steps_done),
+            "train_seconds": timed.seconds * max(0, steps - steps_done),
             "bottleneck": timed.bottleneck,
             "operation_seconds": timed.operation_seconds,
             "in_a_step": timed.in_a_step,
@@ -153,6 +168,13 @@ class Foresight:
             f"{self.config.model}: the run needs at least {wanted}, {size(lacking)} more than there is: {parts}, and "
             f"{size(self.budget.runtime_bytes)} of the process itself.\n{advice} Or run it all the same with --force."
         )
+
+
+def _share(budget: Budget, ranks: Ranks) -> Budget:
+    """What one of the processes on this machine may take; each has an accelerator of its own, if there are any."""
+    host = None if budget.host_bytes is None else budget.host_bytes // ranks.local_size
+    device = budget.device_bytes if torch.cuda.is_available() else budget.device_bytes // ranks.local_size
+    return dataclasses.replace(budget, device_bytes=device, host_bytes=host)
 
 
 def _held_beside_base(found: Estimate) -> int:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import peft
-import torch
 from rich.console import Console
 from torch.utils.serialization import config as serialization
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from metier.catalogue.tree import method_of
 from metier.config import RunConfig
-from metier.data.collate import padding_share
 from metier.data.encode import EncodedSet, Item, encode_records
 from metier.data.message import Record
 from metier.data.pairs import encode_pairs
 from metier.data.records import load_records, mix
 from metier.deltas.save import save_delta
+from metier.distributed.ranks import Ranks, is_restart, join_ranks, largest, on_main, wait_for_all
 from metier.errors import ConfigError
 from metier.memory.allocator import give_memory_back
 from metier.memory.frozen_model import load_frozen
@@ -30,7 +29,7 @@ from metier.methods.wrap import meft_config, selects_experts, wrap
 from metier.models.encoder_decoder import is_encoder_decoder, refuse_encoder_decoder
 from metier.models.load import LoadedModel, ignore_renamed_options, load
 from metier.models.skeleton import model_config
-from metier.planning.spelling import size
+from metier.planning.fit import changed
 from metier.planning.state import TrainingPlan, training_plan
 from metier.routing.configured import selection_config
 from metier.routing.selection import ExpertSelection
@@ -42,17 +41,29 @@ from metier.training.callbacks import (
     StepTimes,
 )
 from metier.training.checkpoints import MarkCheckpoints, find_checkpoint, step_of
+from metier.training.distributed_checkpoints import keep_by_ranks
 from metier.training.folder import RunFolder, open_folder
 from metier.training.foresight import Foresight
 from metier.training.masks import batches_to_look_at, pruned
 from metier.training.procedures.chosen import check_procedure, passes_of
+from metier.training.processes import (
+    check_world,
+    describe,
+    for_ranks,
+    is_sharded,
+    load_everywhere,
+    lost_peers_told,
+    note_world,
+    shard_on_cpus,
+)
+from metier.training.replicas import keep_replicas
 from metier.training.report import write_run_report
 from metier.training.selecting import run_selection
+from metier.training.shards import MeasureShards
 from metier.training.store_metrics import CountFrozen, CountRows
+from metier.training.telling import peak_beside_foreseen, step_beside_foreseen, tell_of_padding, tell_of_slow_bf16
 from metier.training.trainer import make_trainer
-
-WORTH_TELLING = 0.2
-"""Share of padding in a batch from which a run says so."""
+from metier.training.whole import make_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +93,8 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         RunError: the folder holds another run, there is nothing to resume, or the run does not fit into memory.
         MetierError: any other error of the rooms that a run walks through.
     """
-    console = console or Console()
+    ranks = join_ranks()
+    console = (console or Console()) if ranks.is_main else Console(quiet=True)
     ignore_renamed_options()
     if selects_experts(config):
         # what cannot be selected by is refused before anything is loaded
@@ -95,16 +107,19 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
             f"padding_free: records that share a row have one beginning, before which {config.method} would put its "
             "prompt. Set padding_free: false."
         )
+    whole, config = config, for_ranks(config, ranks)
     base = model_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    foresight = Foresight(config, base, force=force)
-    foresight.before_loading()
-    folder = open_folder(config)
-    checkpoint = None
+    foresight = Foresight(config, base, force=force, ranks=ranks, is_sharded=is_sharded(config))
+    on_main(foresight.before_loading)
+    folder, config, checkpoint = on_main(lambda: _opened(whole, config, ranks))
     if config.resume_from_checkpoint is not None:
-        checkpoint = find_checkpoint(folder.checkpoints, config.resume_from_checkpoint)
         console.print(f"Resuming from {checkpoint or 'the beginning: there is no complete checkpoint yet'}")
+    if ranks.are_several:
+        console.print(describe(config, ranks), highlight=False)
+        if told := load_everywhere(config):
+            console.print(told, style="yellow")
     loaded = load_base(config)
-    _tell_of_slow_bf16(loaded.model, config, console)
+    tell_of_slow_bf16(loaded.model, config, console)
     if config.padding_free:
         refuse_encoder_decoder(loaded.model, "padding_free", "Set padding_free: false; its batches are padded.")
     records = load_records(config.dataset)
@@ -115,11 +130,13 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
     selection = None
     if selects_experts(config):
         selection = run_selection(loaded.model, loaded.tokenizer, records, config, folder)
-    foreseen = foresight.before_training(
-        items.items,
-        None if selection is None else folder.selection,
-        folder.routing_profile(),
-        steps_done=0 if checkpoint is None else step_of(checkpoint),
+    foreseen = on_main(
+        lambda: foresight.before_training(
+            items.items,
+            None if selection is None else folder.selection,
+            folder.routing_profile(),
+            steps_done=0 if checkpoint is None else step_of(checkpoint),
+        )
     )
     set_seed(config.seed)
     model = wrap(loaded.model, config, selection, batches_to_look_at(items.items, loaded.tokenizer, config))
@@ -130,7 +147,8 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         row_state_dtype=config.meft_state_dtype,
         options=config.method_options,
     )
-    plan.save(folder.plan, foreseen)
+    if ranks.is_main:
+        plan.save(folder.plan, foreseen)
     if config.method == "meft":
         console.print("\n".join(meft_config(config).sizes.reasons()), highlight=False)
     console.print(plan)
@@ -139,8 +157,8 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
     if config.padding_free:
         check_records_stay_apart(model, items.items)
     elif not is_encoder_decoder(model):
-        _tell_of_padding(items, config, console)
-    times = StepTimes()
+        tell_of_padding(items, config, console)
+    times, shards = StepTimes(), MeasureShards(console)
     trainer = make_trainer(
         model,
         loaded.tokenizer,
@@ -152,48 +170,50 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
             CountTokens(num_passes=passes_of(config)),
             *([CountRows()] if config.method == "meft" else []),
             *([CountFrozen()] if config.has_frozen_base else []),
+            *([shards] if is_sharded(config) else []),
             times,
             MetricsLog(folder.metrics, times, foreseen),
             ShowProgress(console, config.method),
-            MarkCheckpoints(config.save_total_limit),
+            MarkCheckpoints(config.save_total_limit, lambda made: note_world(made, config, ranks)),
         ],
     )
+    if is_sharded(config):
+        shard_on_cpus(trainer)
+    keep_replicas(trainer)
+    keep_by_ranks(trainer, checkpoint)
     started = time.monotonic()
     # a checkpoint may be larger than memory where rows lie on disk: it is mapped, not read
-    with serialization.patch("load.mmap", True):  # type: ignore[attr-defined]
+    with serialization.patch("load.mmap", True), lost_peers_told(folder):  # type: ignore[attr-defined]
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds, peak = time.monotonic() - started, foresight.peak_memory_bytes()
+    seconds, peak = time.monotonic() - started, int(largest(foresight.peak_memory_bytes()))
+    make_whole(model)
     model = pruned(model, config)
-    _save(model, loaded.tokenizer, folder)
-    # the adapter has them all
-    shutil.rmtree(folder.rows, ignore_errors=True)
-    measured = {"train_seconds": seconds, "step_seconds": times.usual, "peak_memory_bytes": peak}
-    plan.save(folder.plan, foreseen, measured)
-    write_run_report(folder, config, selection, num_parameters=plan.num_trained + plan.num_frozen)
-    console.print(_peak_beside_foreseen(peak, foreseen))
-    console.print(_step_beside_foreseen(times.usual, foreseen))
+    if ranks.is_main:
+        _save(model, loaded.tokenizer, folder)
+        # the adapter has them all
+        shutil.rmtree(folder.rows, ignore_errors=True)
+        measured = {"train_seconds": seconds, "step_seconds": times.usual, "peak_memory_bytes": peak}
+        plan.save(folder.plan, foreseen, measured | (shards.measured if is_sharded(config) else {}))
+        write_run_report(folder, config, selection, num_parameters=plan.num_trained + plan.num_frozen)
+    wait_for_all()
+    console.print(peak_beside_foreseen(peak, foreseen))
+    console.print(step_beside_foreseen(times.usual, foreseen))
     console.print(f"Trained in {seconds:.0f} s; the delta is {folder.adapter}, the report {folder.report}")
     return RunResult(folder.root, model, loaded.tokenizer, plan, selection, seconds, peak)
 
 
-def _peak_beside_foreseen(peak: int, foreseen: Mapping[str, float | str]) -> str:
-    if "peak_memory_bytes" not in foreseen:
-        return f"Peak memory {size(peak)}; what it would be was not foreseen: {foreseen['not_traced']}"
-    expected = int(foreseen["peak_memory_bytes"])
-    return f"Peak memory {size(peak)}, {size(expected)} foreseen ({expected / peak - 1:+.1%})"
-
-
-def _step_beside_foreseen(seconds: float | None, foreseen: Mapping[str, float | str]) -> str:
-    if seconds is None:
-        return "There was no step left to take."
-    if "step_seconds" not in foreseen:
-        why = foreseen.get("not_timed", foreseen.get("not_traced"))
-        return f"A step took {seconds:.3g} s; what it would take was not foreseen: {why}"
-    expected = float(foreseen["step_seconds"])
-    return (
-        f"A step took {seconds:.3g} s, {expected:.3g} s foreseen ({expected / seconds - 1:+.0%}), most of it for "
-        f"{foreseen['bottleneck']}"
-    )
+def _opened(whole: RunConfig, config: RunConfig, ranks: Ranks) -> tuple[RunFolder, RunConfig, Path | None]:
+    """The run's folder, and the checkpoint from which it goes on; a run that torchrun has started again goes on too."""
+    if is_restart() and config.resume_from_checkpoint is None and RunFolder(Path(config.output_dir)).config.exists():
+        again = {"resume_from_checkpoint": "last"}
+        whole, config = changed(whole, again), changed(config, again)
+    folder = open_folder(whole)
+    if config.resume_from_checkpoint is None:
+        return folder, config, None
+    checkpoint = find_checkpoint(folder.checkpoints, config.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_world(checkpoint, config, ranks)
+    return folder, config, checkpoint
 
 
 def load_base(config: RunConfig) -> LoadedModel:
@@ -241,24 +261,6 @@ def _encode(records: Sequence[Record], loaded: LoadedModel, config: RunConfig, c
     if report := encoded.report():
         console.print(report, style="yellow")
     return encoded
-
-
-def _tell_of_padding(items: EncodedSet[Item], config: RunConfig, console: Console) -> None:
-    share = padding_share([len(item.input_ids) for item in items.items], config.per_device_train_batch_size)
-    if share >= WORTH_TELLING:
-        console.print(f"{share:.0%} of what a batch computes is padding; padding_free: true leaves it out.")
-
-
-def _tell_of_slow_bf16(model: PreTrainedModel, config: RunConfig, console: Console) -> None:
-    if model.device.type != "cpu" or not (config.bf16 or model.dtype == torch.bfloat16):
-        return
-    can = torch.cpu.get_capabilities()
-    if can.get("architecture") == "x86_64" and not (can.get("avx512_bw") or can.get("avx_ne_convert")):
-        console.print(
-            "This CPU has no instructions for bfloat16: its products take some 50 times as long as float32's, which "
-            "dtype: float32 and bf16: false give.",
-            style="yellow",
-        )
 
 
 def _save(model: PreTrainedModel | peft.PeftModel, tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> None:

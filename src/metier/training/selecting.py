@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from metier.config import RunConfig
 from metier.data.message import Record
 from metier.data.records import load_records
+from metier.distributed.ranks import ranks_here
 from metier.routing.configured import selection_config
 from metier.routing.profile import StabilityConfig, profile
 from metier.routing.routing_profile import RoutingProfile
@@ -31,7 +32,11 @@ def run_selection(
         selection = ExpertSelection.load(config.selection)
     else:
         selection = _from_profile(model, tokenizer, records, config, folder)
-    selection.save(folder.selection)
+    if ranks_here().is_main:
+        # whole or not at all: a run may be killed at any moment, and would then go on with half of it
+        half = folder.root / ".selection.json"
+        selection.save(half)
+        half.replace(folder.selection)
     return selection
 
 
@@ -48,6 +53,7 @@ def _from_profile(
         "max_length": config.max_length,
         "seed": config.seed,
         "output_norms": config.score == "output_norm",
+        "over_ranks": ranks_here().are_several,
     }
     general: RoutingProfile | None = None
     if config.minus_general:
@@ -59,5 +65,6 @@ def _from_profile(
             selection=wanted, threshold=config.stability_threshold, general=general, expert_bytes=sizes
         )
     measured = profile(model, tokenizer, records, **options)
-    measured.save(folder.root)
+    if ranks_here().is_main:
+        measured.save(folder.root)
     return select(measured, wanted, general=general, expert_bytes=sizes)

@@ -132,4 +132,9 @@ def _arguments(config: RunConfig, checkpoints: Path, *, has_eval: bool) -> dict[
         "eval_strategy": "epoch" if has_eval else "no",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
+        **(_SHARDED if config.fsdp else {}),
     }
+
+
+_SHARDED: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
+"""FSDP2; the decoder layers, as the model names them, are gathered one at a time."""
