@@ -16,8 +16,8 @@ STEP = 0.02
 """By which a value of a row is moved on average; training moves the embedded model's rows about as far."""
 
 
-def embedded_deltas(folder: Path, num: int, *, top_p: float = 0.2):
-    """The embedded model in float32, and `num` deltas of it in `folder`."""
+def embedded_deltas(folder: Path, num: int, *, top_p: float = 0.2, step: float = STEP):
+    """The embedded model in float32, and `num` deltas of it in `folder`, whose values moved by `step` on average."""
     import metier
     from metier.data.records import load_records
     from metier.evaluation.tasks import load_task
@@ -30,7 +30,7 @@ def embedded_deltas(folder: Path, num: int, *, top_p: float = 0.2):
         selections.append(metier.select(profile, metier.SelectionConfig(score="token", top_p=top_p)))
     for number in range(num):
         experts = {layer: list(ids) for layer, ids in selections[number % len(TASKS)].experts.items()}
-        _save(loaded.model, experts, folder / f"delta-{number:02d}", seed=number)
+        _save(loaded.model, experts, folder / f"delta-{number:02d}", seed=number, step=step)
     return loaded
 
 
@@ -50,7 +50,7 @@ def olmoe_deltas(folder: Path, num: int, *, layers: int, experts_per_layer: int,
         _save(model, experts, folder / f"delta-{number:02d}", seed=number)
 
 
-def _save(model, experts: dict[int, list[int]], folder: Path, *, seed: int) -> None:
+def _save(model, experts: dict[int, list[int]], folder: Path, *, seed: int, step: float = STEP) -> None:
     import peft
     import torch
 
@@ -62,6 +62,6 @@ def _save(model, experts: dict[int, list[int]], folder: Path, *, seed: int) -> N
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "esft_" in name:
-                parameter.add_(STEP * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(step * torch.randn(parameter.shape, generator=generator))
     save_delta(wrapped, folder)
     wrapped.unload()

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import httpx2
 
+_START_SECONDS = 900
+"""With much other work on the machine."""
 _HARMLESS = "Token indices sequence length is longer"
 """transformers says so once of a prompt that is refused afterwards."""
 
@@ -41,8 +43,8 @@ class Server:
         self.address = self._wait_for_address()
 
     def _wait_for_address(self) -> str:
-        while time.monotonic() - self._began < 300:
-            found = re.search(r"Serving at (\S+):", self.log.read_text(errors="replace"))
+        while time.monotonic() - self._began < _START_SECONDS:
+            found = re.search(r"Serving at (http://\S+?)(?: on Ray)?: base", self.log.read_text(errors="replace"))
             if found:
                 return found[1]
             if self._process.poll() is not None:
@@ -58,16 +60,7 @@ class Server:
             await asyncio.sleep(1)
 
     def sample(self, began: float) -> Sample:
-        process = Path("/proc") / str(self._process.pid)
-        status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
-        kib = {name: int(status[name].split()[0]) for name in ("VmRSS", "RssAnon")}
-        return Sample(
-            time.monotonic() - began,
-            kib["VmRSS"] * 1024,
-            kib["RssAnon"] * 1024,
-            int(status["Threads"]),
-            len(os.listdir(process / "fd")),
-        )
+        return sample_of(self._process.pid, began)
 
     def stop(self) -> None:
         """Tell it to, as an operator does."""
@@ -89,6 +82,20 @@ class Server:
         """Lines of the log that no server should write."""
         lines = self.log.read_text(errors="replace").splitlines()
         return [x for x in lines if re.search("traceback|error|exception|failed|never", x, re.I) and _HARMLESS not in x]
+
+
+def sample_of(pid: int, began: float) -> Sample:
+    """What a process takes now."""
+    process = Path("/proc") / str(pid)
+    status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+    kib = {name: int(status[name].split()[0]) for name in ("VmRSS", "RssAnon")}
+    return Sample(
+        time.monotonic() - began,
+        kib["VmRSS"] * 1024,
+        kib["RssAnon"] * 1024,
+        int(status["Threads"]),
+        len(os.listdir(process / "fd")),
+    )
 
 
 async def gauges(http: httpx2.AsyncClient) -> dict[str, float]:

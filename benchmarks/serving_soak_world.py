@@ -80,9 +80,9 @@ def make_world(folder: Path, *, num_questions: int) -> World:
     for seed, name in enumerate([*PERMANENT, *SHELF, *SPARE]):
         _make_delta(base.model, name, world.path(name), seed)
     _make_damaged(world)
-    world.questions = _questions(base.tokenizer, num_questions)
+    world.questions = make_questions(base.tokenizer, num_questions)
     for name in (None, *PERMANENT, *SHELF, *SPARE):
-        _answer_all(world, name, _merged(base.model, name and world.path(name)), base.tokenizer)
+        _answer_all(world, name, merged(base.model, name and world.path(name)), base.tokenizer)
     _check_that_answers_differ(world)
     world.write(kept)
     return world
@@ -151,7 +151,7 @@ def _another_base(config: str) -> str:
     return json.dumps(values)
 
 
-def _questions(tokenizer, num: int) -> list[Question]:
+def make_questions(tokenizer, num: int) -> list[Question]:
     """Of the embedded tasks' test items: conversations, and in turn with them texts, some over several blocks long."""
     from metier.data.records import load_records
     from metier.evaluation.tasks import load_task
@@ -176,7 +176,7 @@ def _questions(tokenizer, num: int) -> list[Question]:
     return found
 
 
-def _merged(model, folder: Path | None):
+def merged(model, folder: Path | None):
     from peft import PeftModel
 
     if folder is None:

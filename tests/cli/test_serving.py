@@ -184,3 +184,31 @@ def test_without_a_web_framework_it_says_what_to_install(started: Started, monke
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find_spec(name))
     with pytest.raises(ServingError, match=r'uvicorn is not installed.*pip install "metier\[serve\]"'):
         serve("--model", "embedded")
+
+
+# on Ray
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (["--replicas", "2"], ConfigError, "serve: --replicas goes with --on ray alone"),
+        (["--ray-address", "auto"], ConfigError, "serve: --ray-address goes with --on ray alone"),
+        (["--autoscaling", "max_replicas=2"], ConfigError, "serve: --autoscaling goes with --on ray alone"),
+        (["--replica-cpus", "2"], ConfigError, "serve: --replica-cpus goes with --on ray alone"),
+        (["--on", "rye"], ConfigError, "serve: --on: got 'rye', expected local or ray"),
+    ],
+)
+def test_options_of_ray_go_with_ray_alone(
+    started: Started, options: list[str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        serve("--model", "embedded", *options)
+    assert started.engines == []
+
+
+def test_without_ray_it_says_what_to_install(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else find_spec(name))
+    with pytest.raises(ServingError, match=r"Ray is not installed\. Install it: pip install 'metier\[ray\]'"):
+        serve("--model", "embedded", "--on", "ray", "--replicas", "2")

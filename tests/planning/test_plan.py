@@ -19,10 +19,11 @@ from metier.errors import ConfigError, ModelError, UnsupportedModelError
 from metier.planning import budget
 from metier.planning.clock import clock_here
 from metier.planning.estimate import KINDS, Estimator
-from metier.planning.fit import Budget, changed, read_bytes, smallest_change
+from metier.planning.fit import Budget, changed, smallest_change
 from metier.planning.kv_cache import kv_cache
 from metier.planning.machine import fingerprint
 from metier.planning.plan import METHODS, Plan, plan
+from metier.planning.sizes import read_bytes
 from metier.planning.spelling import count, duration, size
 from tiny_models import tiny_model
 

@@ -175,6 +175,62 @@ def test_another_delta_under_the_same_name_shares_no_prefix_with_the_former(worl
     run(engine, body)
 
 
+def test_a_delta_is_brought_up_and_sent_down_without_a_request(world: World) -> None:
+    sizes = {status.name: status.num_bytes for status in _statuses(world)}
+    engine = world.start("law", "code", delta_memory_bytes=max(sizes.values()))
+
+    def tiers() -> dict[str, str]:
+        return {status.name: status.tier for status in engine.deltas()}
+
+    async def body() -> None:
+        for name, other in (("law", "code"), ("code", "law"), ("code", "law"), ("law", "code")):
+            await engine.bring_delta(name)
+            assert tiers() == {name: "accelerator", other: "disk"}
+        running = asyncio.create_task(tokens_of(ask(engine, "law", max_tokens=40)))
+        await asyncio.sleep(0)
+        engine.send_delta_down("law")
+        coming = asyncio.create_task(engine.bring_delta("code"))
+        assert (await running)[:10] == world.greedy("law", PROMPT)
+        await coming
+        assert tiers() == {"law": "disk", "code": "accelerator"}
+        engine.send_delta_down("code")
+        while tiers()["code"] != "disk":
+            await asyncio.sleep(0.001)
+        await asyncio.wait_for(asyncio.gather(engine.unload_delta("law"), engine.unload_delta("code")), timeout=10)
+
+    run(engine, body)
+
+
+def test_who_waits_for_a_delta_to_be_brought_hears_of_every_end(world: World, tmp_path: Path) -> None:
+    sizes = {status.name: status.num_bytes for status in _statuses(world)}
+    bad = Path(shutil.copytree(world.deltas["code"], tmp_path / "bad"))
+    engine = world.start("law", delta_memory_bytes=max(sizes.values()))
+
+    async def body() -> None:
+        await engine.load_delta("bad", bad)
+        (bad / "adapter_model.safetensors").unlink()
+        with pytest.raises(UnknownDeltaError, match="'none'"):
+            await engine.bring_delta("none")
+        with pytest.raises(DeltaError, match=r"adapter_model\.safetensors"):
+            await engine.bring_delta("bad")
+        ask(engine, "law", max_tokens=200)
+        given_up = asyncio.create_task(engine.bring_delta("bad"))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        await asyncio.gather(given_up, return_exceptions=True)
+        await asyncio.wait_for(engine.unload_delta("bad"), timeout=10)
+        await engine.load_delta("code", world.deltas["code"])
+        waiting = asyncio.create_task(engine.bring_delta("code"))
+        await asyncio.sleep(0)
+        await engine.close(grace_seconds=0)
+        with pytest.raises(EngineError, match="shutting down"):
+            await waiting
+        with pytest.raises(EngineError, match="shutting down"):
+            await engine.bring_delta("law")
+
+    run(engine, body)
+
+
 def test_a_cancelled_answer_ends_soon_and_frees_its_delta(world: World) -> None:
     engine = world.start("law", max_requests=1)
 

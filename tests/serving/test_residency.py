@@ -253,6 +253,26 @@ def test_a_dropped_delta_can_be_forgotten_and_added_again() -> None:
     assert residency.tier("a") == "disk"
 
 
+@pytest.mark.parametrize(("host", "target"), [(0, "disk"), (10, "host")])
+def test_a_delta_that_is_sent_down_keeps_its_copy_on_the_host_alone(host: int, target: str) -> None:
+    residency = book("a", host=host)
+    load(residency, "a")
+    assert residency.send_down("a") == (Move("a", "accelerator", target),)
+    assert not residency.is_resident("a")
+    assert residency.send_down("a") == ()
+    residency.done(Move("a", "accelerator", target))
+    assert residency.tier("a") == target
+    assert residency.send_down("a") == ()
+
+
+def test_deltas_in_use_and_pinned_ones_are_not_sent_down() -> None:
+    residency = book("a", "b")
+    load(residency, "a", "b")
+    residency.acquire("a")
+    residency.pin("b")
+    assert residency.send_down("a") == residency.send_down("b") == ()
+
+
 def test_a_delta_larger_than_the_accelerator_is_refused() -> None:
     with pytest.raises(
         ServingError,
@@ -407,6 +427,14 @@ class Server(RuleBasedStateMachine):
             earlier = names[: names.index(moves[-1].name)]
             needs_others = {move.name for move in moves if move.is_eviction} & set(names)
             self.plan(moves, set(earlier if needs_others else names) - {moves[-1].name})
+
+    @rule(name=NAMES)
+    def send_down(self, name: str) -> None:
+        if name in self.sizes:
+            may = not self.users[name] and name not in self.pinned and name not in {m.name for m in self.queue}
+            moves = self.residency.send_down(name)
+            assert [move.source for move in moves] == ["accelerator"] * (may and "accelerator" in self.copies[name])
+            self.queue.extend(moves)
 
     @rule(name=NAMES)
     def drop(self, name: str) -> None:

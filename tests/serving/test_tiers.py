@@ -211,6 +211,53 @@ def test_a_copy_that_made_way_on_the_host_takes_no_memory(serve: Serve, copy_of:
     assert held["b"].loaded is not None
 
 
+def test_a_delta_that_is_sent_down_leaves_once_its_last_request_is_over(serve: Serve, copy_of: CopyOf) -> None:
+    served = serve(num_slots=2)
+    served.load(copy_of("esft", "a"), copy_of("esft", "b"))
+    served.start("a")
+    served.tiers.send_down("a")
+    served.tiers.send_down("b")
+    served.wait_until(lambda: served.tier("b") == "disk")
+    assert served.resident() == {"a"}
+    served.tiers.release("a")
+    served.wait_until(lambda: served.tier("a") == "disk")
+    assert served.store.placed == {}
+    assert served.tiers.delta_bytes()["accelerator"] == 0
+    served.tiers.ask("a")
+    served.tiers.prefetch(["a"])
+    served.wait_for("resident", "a")
+
+
+def test_a_delta_that_is_sent_down_stays_for_those_who_wait_and_who_ask_anew(serve: Serve, copy_of: CopyOf) -> None:
+    served = serve(num_slots=1)
+    served.load(copy_of("esft", "a"))
+    served.tiers.ask("a")
+    served.tiers.send_down("a")
+    time.sleep(0.05)
+    assert served.resident() == {"a"}
+    with served.tiers.steady():
+        served.tiers.acquire("a")
+    served.tiers.ask("a")
+    served.tiers.release("a")
+    served.tiers.withdraw("a")
+    time.sleep(0.05)
+    assert served.resident() == {"a"}
+    served.tiers.ask("a")
+    served.tiers.send_down("a")
+    served.tiers.withdraw("a")
+    served.wait_until(lambda: served.tier("a") == "disk")
+
+
+def test_a_pinned_delta_and_an_unknown_one_are_not_sent_down(serve: Serve, copy_of: CopyOf) -> None:
+    served = serve(num_slots=1)
+    served.load(copy_of("esft", "a"), is_pinned=True)
+    served.tiers.send_down("a")
+    with pytest.raises(UnknownDeltaError, match="'b'"):
+        served.tiers.send_down("b")
+    time.sleep(0.05)
+    assert served.resident() == {"a"}
+
+
 def test_calls_return_while_a_delta_is_being_placed(serve: Serve, copy_of: CopyOf) -> None:
     served = serve(num_slots=2)
     served.load(copy_of("esft", "a"))

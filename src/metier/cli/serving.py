@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from metier.cli.app import app
+from metier.cli.serving_asked import Asked, self_test_line
+from metier.cli.serving_on_ray import ray_settings, serve_on_ray
 
 if TYPE_CHECKING:
     from metier.serving.http.settings import HttpSettings
@@ -60,15 +62,26 @@ def serve(
     grace_seconds: Annotated[
         float, typer.Option(min=0, help="How long running requests may go on at shutdown.")
     ] = 30.0,
+    on: Annotated[str, typer.Option(help="local (this process), or ray: replicas on a Ray cluster.")] = "local",
+    replicas: Annotated[int | None, typer.Option(min=1, help="Replicas of the engine on Ray; 1 if not given.")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster, as HOST:PORT or auto; else one on this machine is started.")
+    ] = None,
+    autoscaling: Annotated[
+        list[str] | None,
+        typer.Option(help="Ray Serve's autoscaling, as KEY=VALUE such as max_replicas=4, for --replicas; repeat."),
+    ] = None,
+    replica_cpus: Annotated[int | None, typer.Option(min=1, help="Cores of each replica on Ray.")] = None,
 ) -> None:
     """Serve a base and its deltas over OpenAI's API, all in one batch; a request's `model` names its delta."""
     _check_installed()
     from metier.errors import ConfigError
-    from metier.planning.fit import read_bytes
-    from metier.serving.http.app import create_app
-    from metier.serving.http.server import bound_socket, run
+    from metier.planning.sizes import read_bytes
     from metier.serving.http.settings import HttpSettings
 
+    deployment = ray_settings(
+        on, replicas=replicas, address=ray_address, autoscaling=autoscaling or (), cpus=replica_cpus
+    )
     if allow_loading and not delta_dir:
         raise ConfigError("serve: --allow-loading needs --delta-dir, the folder that deltas may be loaded from.")
     name = base_name or _base_name(model)
@@ -84,7 +97,6 @@ def serve(
         grace_seconds=grace_seconds,
     )
     _warn(host, settings)
-    bound = bound_socket(host, port)
     budgets = {
         "device_memory_bytes": device_memory and read_bytes(device_memory, "device_memory"),
         "delta_memory_bytes": delta_memory and read_bytes(delta_memory, "delta_memory"),
@@ -92,19 +104,35 @@ def serve(
         "max_batch_tokens": max_batch_tokens,
     }
     given = {option: int(value) for option, value in budgets.items() if value is not None}
-    started = start(model, deltas, dtype=dtype, options={**given, "tests_deltas": self_test})
+    asked = Asked(
+        model=model,
+        base_name=name,
+        deltas=deltas,
+        dtype=dtype,
+        options={**given, "tests_deltas": self_test},
+        http=settings,
+        host=host,
+        port=port,
+    )
+    if deployment is None:
+        _serve_here(asked)
+    else:
+        serve_on_ray(asked, deployment)
+
+
+def _serve_here(asked: Asked) -> None:
+    from metier.serving.http.app import create_app
+    from metier.serving.http.server import bound_socket, run
+
+    bound = bound_socket(asked.host, asked.port)
+    started = start(asked.model, asked.deltas, dtype=asked.dtype, options=asked.options)
     typer.echo(f"Memory: {started.budgets}.")
     if started.differences:
-        worst = max(started.differences.values())
-        typer.echo(
-            f"Self-test: each delta ({len(started.differences)}) says what its merged model says; their logits differ "
-            f"by {worst:.1e} of the largest at most."
-        )
-    named = ", ".join(deltas) or "none yet"
+        typer.echo(self_test_line(len(started.differences), max(started.differences.values())))
     run(
-        create_app(started.engine, started.tokenizer, name, settings),
+        create_app(started.engine, started.tokenizer, asked.base_name, asked.http),
         bound,
-        on_start=lambda address: typer.echo(f"Serving at {address}: base {name}; deltas: {named}."),
+        on_start=lambda address: typer.echo(f"Serving at {address}: {asked.served}."),
     )
 
 

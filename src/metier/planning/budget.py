@@ -6,8 +6,9 @@ import torch
 
 from metier.memory.memory_limit import held_bytes, memory_limit_bytes
 from metier.planning.devices import Device
-from metier.planning.fit import Budget, read_bytes
+from metier.planning.fit import Budget
 from metier.planning.machine import Machine
+from metier.planning.sizes import read_bytes
 
 WORKSPACE_BYTES = 60 << 20
 """What training takes on a CPU beside its tensors, whatever its size: code of kernels, their buffers, what is freed and

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from metier.config import RunConfig
-from metier.errors import ConfigError
 from metier.planning.estimate import Estimate, Estimator
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
-    unit: 1 << shift for unit, shift in (("kib", 10), ("mib", 20), ("gib", 30), ("tib", 40))
-}
 
 BY_SCORE = ("full", "esft", "lora", "expert_lora", "meft")
 """Methods, the one with the highest task score first: benchmarks/results/quality.md, task records alone."""
@@ -120,21 +114,6 @@ def _changes(config: RunConfig, *, has_host: bool) -> Iterator[dict[str, Any]]:
 def changed(config: RunConfig, keys: dict[str, Any]) -> RunConfig:
     """The run with some keys set to other values."""
     return dataclasses.replace(config, **keys)
-
-
-def read_bytes(text: str, option: str) -> int:
-    """A size such as `24GiB`, `8 GB` or `1000000`.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if found is None or found.group(2).lower() not in _UNITS:
-        raise ConfigError(f"{option}: got {text!r}, expected a size such as 24GiB, 8GB or 500MiB.")
-    num_bytes = int(float(found.group(1)) * _UNITS[found.group(2).lower()])
-    if num_bytes <= 0:
-        raise ConfigError(f"{option}: got {text!r}, expected more than nothing.")
-    return num_bytes
 
 
 def _shown(value: object) -> str:

@@ -104,25 +104,16 @@ class EngineStatus:
     """Bytes of deltas in each tier."""
 
 
-class ServingEngine(Protocol):
-    """One base and its deltas. All of it is called from the event loop's thread."""
+class DeltaService(Protocol):
+    """The deltas of one base that are in service. All of it is called from the event loop's thread."""
 
-    max_length: int
-    """Most tokens of a prompt and its answer together."""
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a prompt and its answer together."""
 
     def deltas(self) -> list[DeltaStatus]: ...
 
     def status(self) -> EngineStatus: ...
-
-    def submit(self, prompt_ids: Sequence[int], *, delta: str | None, settings: SamplingSettings) -> Generation:
-        """Begin an answer; `delta` None is the base's own.
-
-        Raises:
-            UnknownDeltaError: no delta of that name is served.
-            RequestError: prompt and answer are longer than `max_length` or than the cache holds.
-            OverloadedError: too many requests wait already.
-            EngineError: the engine has died or is closing.
-        """
 
     async def load_delta(self, name: str, folder: Path, *, is_pinned: bool = False) -> DeltaStatus:
         """Put a delta into service, whole or not at all. Its files are checked; running requests go on meanwhile.
@@ -137,6 +128,20 @@ class ServingEngine(Protocol):
 
         Raises:
             UnknownDeltaError: no delta of that name is served.
+        """
+
+
+class ServingEngine(DeltaService, Protocol):
+    """One base and its deltas, which answers."""
+
+    def submit(self, prompt_ids: Sequence[int], *, delta: str | None, settings: SamplingSettings) -> Generation:
+        """Begin an answer; `delta` None is the base's own.
+
+        Raises:
+            UnknownDeltaError: no delta of that name is served.
+            RequestError: prompt and answer are longer than `max_length` or than the cache holds.
+            OverloadedError: too many requests wait already.
+            EngineError: the engine has died or is closing.
         """
 
     async def close(self, *, grace_seconds: float) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metier.errors import DeltaError, EngineError, RequestError, ServingError
+from metier.errors import DeltaError, EngineError, MetierError, RequestError, ServingError
 from metier.serving.admission import Admission
 from metier.serving.contract import DeltaStatus, EngineStatus, Finish, GeneratedToken, SamplingSettings
 from metier.serving.delta_store import PlacedDelta
@@ -79,6 +79,8 @@ class Engine:
         self._max_requests, self._eos_token_ids = max_requests, list(eos_token_ids)
         self._waiting: dict[str, _Waiting] = {}
         self._running: dict[str, _Running] = {}
+        self._wanted: list[tuple[str, asyncio.Future[None]]] = []
+        """Deltas that are to be there, and who waits for it."""
         self._numbers = itertools.count(1)
         self._is_closing = False
 
@@ -132,6 +134,35 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         await asyncio.wrap_future(self._tiers.unload(name))
 
+    async def bring_delta(self, name: str) -> None:
+        """Have a delta on the accelerator, as if a request waited for it; it may make way again once this returns.
+
+        Raises:
+            UnknownDeltaError: no delta of that name is served.
+            DeltaError: it could not be loaded.
+            EngineError: the engine has died or is closing.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._check_open()
+        self._tiers.ask(name)
+        came: asyncio.Future[None] = self._loop.create_future()
+        self._wanted.append((name, came))
+        try:
+            self._start_waiting()
+            self._tell_wanted()
+            await came
+        finally:
+            self._wanted.remove((name, came))
+            self._tiers.withdraw(name)
+
+    def send_delta_down(self, name: str) -> None:
+        """Take a delta off the accelerator once nobody uses it, unless it is asked for anew before.
+
+        Raises:
+            UnknownDeltaError: no delta of that name is served.
+        """
+        self._tiers.send_down(name)
+
     async def close(self, *, grace_seconds: float) -> None:
         """As `ServingEngine.close`."""
         self._loop, self._is_closing = asyncio.get_running_loop(), True
@@ -139,6 +170,7 @@ class Engine:
         while (self._running or self._waiting) and self._batch.is_alive and self._loop.time() < deadline:
             await asyncio.sleep(_CLOSE_SECONDS)
         self._drop_all_waiting(Finish(reason="cancelled"))
+        self._fail_wanted(EngineError("the server is shutting down."))
         for request_id in self._running:
             self._batch.cancel(request_id)
         await asyncio.to_thread(self._batch.stop)
@@ -154,7 +186,8 @@ class Engine:
             handles = [self._acquire(self._waiting[request_id].answer.delta) for request_id in started]
         for request_id, handle in zip(started, handles, strict=True):
             self._begin(self._waiting.pop(request_id), handle)
-        self._tiers.prefetch(self._admission.waiting_deltas())
+        # who is to be there before its first request comes is behind those that requests wait for
+        self._tiers.prefetch([*self._admission.waiting_deltas(), *(name for name, _ in self._wanted)])
 
     def _acquire(self, delta: str | None) -> PlacedDelta | None:
         return None if delta is None else self._tiers.acquire(delta)
@@ -205,6 +238,7 @@ class Engine:
 
     def delta_came(self, _: str) -> None:
         """From the loader's thread: requests may acquire a delta."""
+        self._in_loop(self._tell_wanted)
         self._in_loop(self._start_waiting)
 
     def delta_failed(self, name: str, error: DeltaError) -> None:
@@ -215,7 +249,20 @@ class Engine:
         """A delta could not be loaded: nobody waits for it any more."""
         for request_id in self._admission.cancel_delta(delta):
             self._drop_waiting(request_id, Finish(reason="error", error=str(error)))
+        self._fail_wanted(error, delta)
         self._start_waiting()
+
+    def _tell_wanted(self) -> None:
+        """Those that are to be there, and are."""
+        with self._tiers.steady() as resident:
+            for name, came in self._wanted:
+                if name in resident and not came.done():
+                    came.set_result(None)
+
+    def _fail_wanted(self, error: MetierError, delta: str | None = None) -> None:
+        for name, came in self._wanted:
+            if delta in (None, name) and not came.done():
+                came.set_exception(error)
 
     def _drop_all_waiting(self, finish: Finish) -> None:
         for request_id in list(self._waiting):

@@ -187,6 +187,13 @@ class Residency:
         assert not delta.moves, f"{name} is moving"
         return self._begun([Move(name, tier, "disk") for tier in sorted(delta.copies)])
 
+    def send_down(self, name: str) -> tuple[Move, ...]:
+        """The move that takes a delta off the accelerator; none where it is not there, in use, pinned or moving."""
+        delta = self._deltas[name]
+        if delta.is_busy or delta.moves or "accelerator" not in delta.copies:
+            return ()
+        return self._begun([Move(name, "accelerator", "host" if "host" in delta.copies else "disk")])
+
     def forget(self, name: str) -> None:
         """A delta that has no copy is not in service any more."""
         delta = self._deltas.pop(name)

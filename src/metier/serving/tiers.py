@@ -34,6 +34,8 @@ class _Service:
     num_waiting: int = 0
     has_failed: bool = False
     """When it was loaded last; it is tried again once it is asked for."""
+    is_sent_down: bool = False
+    """Off the accelerator, once nobody uses it; until it is asked for again."""
     leaving: Future[None] | None = None
 
 
@@ -126,6 +128,7 @@ class Tiers(Generic[Handle]):
             self._check_alive()
             service = self._in_service(name)
             service.num_waiting += 1
+            service.is_sent_down = False
             self._residency.touch(name)
             if service.has_failed:
                 service.has_failed = False
@@ -136,6 +139,7 @@ class Tiers(Generic[Handle]):
         with self._changed:
             self._services[name].num_waiting -= 1
             self._remove_if_unused(name)
+            self._thread.wake()
 
     @contextmanager
     def steady(self) -> Iterator[frozenset[str]]:
@@ -167,6 +171,17 @@ class Tiers(Generic[Handle]):
                 self._wanted = list(names)
                 self._thread.wake()
 
+    def send_down(self, name: str) -> None:
+        """Take a delta off the accelerator once nobody uses it, unless it is asked for anew before. A pinned one stays.
+
+        Raises:
+            UnknownDeltaError: no delta of that name is in service.
+        """
+        with self._changed:
+            self._check_alive()
+            self._in_service(name).is_sent_down = True
+            self._thread.wake()
+
     def deltas(self) -> list[DeltaStatus]:
         """Those in service, in the order in which they came."""
         with self._changed:
@@ -186,6 +201,9 @@ class Tiers(Generic[Handle]):
         self._fail_futures()
 
     def _find_work(self) -> Work | None:
+        for name, service in self._services.items():
+            if service.is_sent_down and not service.num_waiting and (down := self._residency.send_down(name)):
+                return partial(self._take_down, down)
         moves = self._residency.prefetch(self._wanted_now())
         return partial(self._bring_up, moves) if moves else None
 
@@ -194,6 +212,11 @@ class Tiers(Generic[Handle]):
         pinned = [name for name in self._services if self._residency.is_pinned(name)]
         names = dict.fromkeys([*pinned, *self._wanted])
         return [name for name in names if name in self._services and not self._services[name].has_failed]
+
+    def _take_down(self, moves: Sequence[Move]) -> None:
+        error = self._mover.carry_out(moves)
+        if error is not None:
+            raise error  # its room is lost, and nobody waits who could be told
 
     def _bring_up(self, moves: Sequence[Move]) -> None:
         name = moves[-1].name

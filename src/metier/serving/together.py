@@ -26,6 +26,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from metier.serving.in_process import receive_of
+
 PATHS = ("/v1/chat/completions", "/v1/completions")
 
 _log = logging.getLogger(__name__)
@@ -132,7 +134,7 @@ class Together:
                     events.put_nowait({"model": model, "text": text})
 
         try:
-            await self._app(_scope(scope, asked.path, len(body)), _receive(body, gone), send)
+            await self._app(_scope(scope, asked.path, len(body)), receive_of(body, gone), send)
         except Exception:
             _log.exception("%s: the answer of %r failed", asked.path, model)
             if not has_begun:
@@ -191,18 +193,6 @@ def _scope(scope: Scope, path: str, num_bytes: int) -> Scope:
         "headers": [*headers, (b"content-length", str(num_bytes).encode())],
         "state": dict(scope.get("state", {})),
     }
-
-
-def _receive(body: bytes, gone: asyncio.Event) -> Receive:
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> Message:
-        if messages:
-            return messages.pop()
-        await gone.wait()
-        return {"type": "http.disconnect"}
-
-    return receive
 
 
 def _parsed(kind: type[_Body], body: bytes) -> _Body:

@@ -26,7 +26,7 @@ from metier.serving.http.models import add_models
 from metier.serving.http.page import add_page
 from metier.serving.http.service import Service
 from metier.serving.http.settings import HttpSettings
-from metier.serving.http.watching import add_watching
+from metier.serving.http.watching import add_health, add_metrics
 from metier.serving.together import Together
 
 
@@ -52,13 +52,14 @@ def create_app(engine: ServingEngine, tokenizer: Tokenizer, base_name: str, sett
     # no pages about the API: they would load scripts from elsewhere
     app = FastAPI(title="metier", lifespan=lifespan, openapi_url=None)
     app.state.service = service
-    app.add_middleware(Gate, service=service)
+    app.add_middleware(Gate, front=service)
     # outermost: the requests that it makes of one have to pass the gate
     app.add_middleware(Together)
     install_error_handlers(app)
     add_generating(app, service)
     add_models(app, service)
     add_loading(app, service)
-    add_watching(app, service)
+    add_health(app, service)
+    add_metrics(app, service.metrics)
     add_page(app)
     return app

@@ -17,6 +17,7 @@ from metier.serving.http.disconnect import ClientGoneError, unless_disconnected
 from metier.serving.http.errors import as_api_error
 from metier.serving.http.shape import Json
 
+EVENT_STREAM = "text/event-stream"
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -24,7 +25,7 @@ class EventStream(Response):
     """Sends `chunks` as they come; `on_end` is called in any case, also where the client leaves before the start."""
 
     def __init__(self, chunks: AsyncGenerator[Json, None], on_end: Callable[[], None]) -> None:
-        super().__init__(media_type="text/event-stream", headers=_HEADERS)
+        super().__init__(media_type=EVENT_STREAM, headers=_HEADERS)
         del self.headers["content-length"]
         self._chunks = chunks
         self._on_end = on_end
@@ -44,8 +45,16 @@ class EventStream(Response):
                 async for chunk in chunks:
                     await send(_event(json.dumps(chunk)))
         except Exception as error:
-            await send(_event(json.dumps(as_api_error(error).body)))
-        await send({**_event("[DONE]"), "more_body": False})
+            await send_end(send, error)
+        else:
+            await send_end(send)
+
+
+async def send_end(send: Send, error: Exception | None = None) -> None:
+    """The last events of a stream: the error that ended it, if one did, and `[DONE]`."""
+    if error is not None:
+        await send(_event(json.dumps(as_api_error(error).body)))
+    await send({**_event("[DONE]"), "more_body": False})
 
 
 def _event(data: str) -> dict[str, object]:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from metier.serving.http.disconnect import ClientGoneError
 from metier.serving.http.errors import ApiError, as_api_error, overloaded, unavailable
-from metier.serving.http.service import Service
+from metier.serving.http.front import Front
 
 GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
 OPEN = frozenset({"/", "/health"})
@@ -21,10 +21,10 @@ OPEN_FOLDER = "/page/"
 
 
 class Gate:
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, front: Front) -> None:
         self._app = app
-        self._service = service
-        self._settings = service.settings
+        self._front = front
+        self._settings = front.settings
         self._num_answering = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,7 +67,7 @@ class Gate:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        if self._service.is_closing and scope["method"] == "POST":
+        if self._front.is_closing and scope["method"] == "POST":
             raise unavailable("The server is closing; ask again later, or another one.")
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:

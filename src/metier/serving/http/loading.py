@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse, Response
 from metier.errors import UnknownDeltaError
 from metier.serving.http.errors import ApiError
 from metier.serving.http.fields import CheckedModel
-from metier.serving.http.service import Service
+from metier.serving.http.front import Front
 from metier.serving.places import allowed_folder, check_name
 
 
@@ -30,9 +30,9 @@ class UnloadRequest(CheckedModel):
     lora_name: str
 
 
-def add_loading(app: FastAPI, service: Service) -> None:
+def add_loading(app: FastAPI, front: Front) -> None:
     def check_allowed() -> None:
-        if not service.settings.allows_loading:
+        if not front.settings.allows_loading:
             raise ApiError(
                 403,
                 "This server does not let requests load or unload deltas. Start it with --allow-loading if it should.",
@@ -43,16 +43,16 @@ def add_loading(app: FastAPI, service: Service) -> None:
     @app.post("/v1/load_lora_adapter")
     async def load(asked: LoadRequest) -> Response:
         check_allowed()
-        check_name(asked.lora_name, service.base_name)
-        folder = await asyncio.to_thread(allowed_folder, asked.lora_path, service.settings.delta_dirs)
-        await service.engine.load_delta(asked.lora_name, folder, is_pinned=asked.pinned)
+        check_name(asked.lora_name, front.base_name)
+        folder = await asyncio.to_thread(allowed_folder, asked.lora_path, front.settings.delta_dirs)
+        await front.engine.load_delta(asked.lora_name, folder, is_pinned=asked.pinned)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
     @app.post("/v1/unload_lora_adapter")
     async def unload(asked: UnloadRequest) -> Response:
         check_allowed()
         try:
-            await service.engine.unload_delta(asked.lora_name)
+            await front.engine.unload_delta(asked.lora_name)
         except UnknownDeltaError as error:
             raise ApiError(404, str(error), param="lora_name", code="model_not_found") from error
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")

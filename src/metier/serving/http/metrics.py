@@ -12,7 +12,7 @@ from typing import Literal
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from metier.serving.contract import ServingEngine
+from metier.serving.contract import DeltaService, Tier
 
 Outcome = Literal["finished", "failed", "cancelled", "refused"]
 _REQUEST_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
@@ -30,7 +30,7 @@ class Metrics:
     A server into which deltas come under ever new names does not keep the series of all of them.
     """
 
-    def __init__(self, engine: ServingEngine, base_name: str) -> None:
+    def __init__(self, engine: DeltaService, base_name: str) -> None:
         self._engine, self._base_name = engine, base_name
         self._names: dict[str, None] = {}
         """That have series, in the order in which they came."""
@@ -42,9 +42,12 @@ class Metrics:
         self._whole = self._histogram("metier_request_seconds", "Whole requests.", _REQUEST_SECONDS)
         self._first = self._histogram("metier_time_to_first_token_seconds", "To first tokens.", _FIRST_TOKEN_SECONDS)
         self._each = self._histogram("metier_time_per_output_token_seconds", "Further tokens, each.", _TOKEN_SECONDS)
+        self._arrivals = self._counter(
+            "metier_delta_requests", "Requests for a delta by the tier it lay in when they came.", "model", "tier"
+        )
         self._metrics: tuple[Counter | Histogram, ...] = (
             *(self._requests, self._prompt, self._cached, self._generated),
-            *(self._whole, self._first, self._each),
+            *(self._whole, self._first, self._each, self._arrivals),
         )
         self._registry.register(_EngineCollector(engine))
 
@@ -54,12 +57,15 @@ class Metrics:
 
     def count_request(self, model: str, outcome: Outcome, *, seconds: float | None = None) -> None:
         """A request that is over; one that was refused took no time."""
-        if model not in self._names:
-            self._names[model] = None
-            self._forget_names()
+        self._keep_name(model)
         self._requests.labels(model, outcome).inc()
         if seconds is not None:
             self._whole.labels(model).observe(seconds)
+
+    def count_arrival(self, model: str, tier: Tier) -> None:
+        """A request for a delta that came here by somebody's choice among several engines."""
+        self._keep_name(model)
+        self._arrivals.labels(model, tier).inc()
 
     def count_prompt_tokens(self, model: str, num_tokens: int, num_cached: int) -> None:
         self._prompt.labels(model).inc(num_tokens)
@@ -71,6 +77,11 @@ class Metrics:
         self._first.labels(model).observe(to_first_token)
         if num_tokens > 1:
             self._each.labels(model).observe((to_last_token - to_first_token) / (num_tokens - 1))
+
+    def _keep_name(self, model: str) -> None:
+        if model not in self._names:
+            self._names[model] = None
+            self._forget_names()
 
     def _forget_names(self) -> None:
         served = {self._base_name, *(delta.name for delta in self._engine.deltas())}
@@ -88,7 +99,7 @@ class Metrics:
 
 
 class _EngineCollector:
-    def __init__(self, engine: ServingEngine) -> None:
+    def __init__(self, engine: DeltaService) -> None:
         self._engine = engine
 
     def describe(self) -> list[Metric]:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import time
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.responses import Response
 
 from metier.errors import UnknownDeltaError
 from metier.serving.contract import DeltaStatus
 from metier.serving.http.errors import json_response
-from metier.serving.http.service import Service
+from metier.serving.http.front import Front
 from metier.serving.http.shape import Json
 
 
-def add_models(app: FastAPI, service: Service) -> None:
+def add_models(app: FastAPI | APIRouter, front: Front) -> None:
     started = int(time.time())
 
     def base() -> Json:
-        return {**_card(service, service.base_name, started), "parent": None}
+        return {**_card(front, front.base_name, started), "parent": None}
 
     def delta(status: DeltaStatus) -> Json:
         about = {
@@ -28,24 +28,24 @@ def add_models(app: FastAPI, service: Service) -> None:
             "is_pinned": status.is_pinned,
             "running": status.num_running,
         }
-        return {**_card(service, status.name, status.created), "parent": service.base_name, "metier": about}
+        return {**_card(front, status.name, status.created), "parent": front.base_name, "metier": about}
 
     @app.get("/v1/models")
     async def list_models() -> Response:
-        return json_response({"object": "list", "data": [base(), *map(delta, service.engine.deltas())]})
+        return json_response({"object": "list", "data": [base(), *map(delta, front.engine.deltas())]})
 
     # a hub's id has a slash
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
-        if name == service.base_name:
+        if name == front.base_name:
             return json_response(base())
-        for status in service.engine.deltas():
+        for status in front.engine.deltas():
             if status.name == name:
                 return json_response(delta(status))
         raise UnknownDeltaError(f"model: got {name[:100]!r}, which is not served. GET /v1/models lists all.")
 
 
-def _card(service: Service, name: str, created: int) -> Json:
+def _card(front: Front, name: str, created: int) -> Json:
     return {
         "id": name,
         "object": "model",
@@ -53,5 +53,5 @@ def _card(service: Service, name: str, created: int) -> Json:
         "owned_by": "metier",
         # not the folder, which is nothing to a client
         "root": name,
-        "max_model_len": service.engine.max_length,
+        "max_model_len": front.engine.max_length,
     }

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from metier.errors import MetierError, RequestError, UnknownDeltaError
+from metier.errors import MetierError, RequestError
 from metier.serving.contract import SamplingSettings, ServingEngine
 from metier.serving.detokenize import Detokenizer, Tokenizer
 from metier.serving.http.answers import Answer, Answers
 from metier.serving.http.errors import ApiError
+from metier.serving.http.front import delta_named
 from metier.serving.http.metrics import Metrics
 from metier.serving.http.sampling_fields import SamplingRequest
 from metier.serving.http.settings import HttpSettings
@@ -38,13 +39,7 @@ class Service:
         Raises:
             UnknownDeltaError: there is no such model.
         """
-        if model == self.base_name:
-            return None
-        names = [delta.name for delta in self.engine.deltas()]
-        if model not in names:
-            shown = ", ".join([self.base_name, *names][:20])
-            raise UnknownDeltaError(f"model: got {model[:100]!r}, expected one of {shown}. GET /v1/models lists all.")
-        return model
+        return delta_named(model, self.base_name, [delta.name for delta in self.engine.deltas()])
 
     def begin(self, request: SamplingRequest, prompts: Sequence[Sequence[int]]) -> Answers:
         """Submit a request's answers, all or none.
