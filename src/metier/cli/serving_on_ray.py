@@ -47,7 +47,7 @@ def ray_settings(
 
     return RaySettings(
         num_replicas=replicas or (None if autoscaling else 1),
-        autoscaling=autoscaling_settings(autoscaling) if autoscaling else None,
+        autoscaling=autoscaling_settings(list(autoscaling)) if autoscaling else None,
         address=address,
         cpus_per_replica=cpus,
     )

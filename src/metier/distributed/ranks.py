@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from metier.errors import MetierError
 
@@ -58,9 +60,9 @@ def _join_again() -> None:
     torchrun keeps one store of addresses through its restarts (pytorch#167288), so that the processes of the next try
     would call at the doors of the last one's, and give up after a minute.
     """
-    store, rank, size = next(iter(dist.rendezvous("env://")))
+    store, rank, size = next(iter(rendezvous("env://")))
     tries = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    dist.init_process_group(store=dist.PrefixStore(f"try-{tries}", store), rank=rank, world_size=size)
+    dist.init_process_group(store=PrefixStore(f"try-{tries}", store), rank=rank, world_size=size)
 
 
 def leave_ranks() -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -20,6 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.serialization import config as serialization
@@ -73,7 +74,7 @@ def _save(trainer: Trainer, folder: Path) -> None:
             "model": get_model_state_dict(trainer.model, options=_TRAINED),
             "optimizer": get_optimizer_state_dict(trainer.model, optimizer, options=_TRAINED),
         }
-        dcp.save(state, checkpoint_id=folder / STATE)
+        save(state, checkpoint_id=folder / STATE)
     elif ranks_here().is_main:
         # replicas: what one process has is what all have
         torch.save(optimizer.state_dict(), folder / OPTIMIZER_NAME)
@@ -96,7 +97,7 @@ def _load_optimizer_state(model: nn.Module, optimizer: Optimizer, checkpoint: Pa
 def _load(state: dict[str, Any], checkpoint: Path) -> None:
     # its parts are read from streams, which cannot be mapped
     with serialization.patch("load.mmap", False):  # type: ignore[attr-defined]
-        dcp.load(state, checkpoint_id=checkpoint / STATE)
+        load(state, checkpoint_id=checkpoint / STATE)
 
 
 def _load_whole_optimizer(optimizer: Optimizer, checkpoint: Path) -> None:
