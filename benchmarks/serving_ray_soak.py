@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import random
 import sys
 import tempfile
@@ -133,11 +134,16 @@ class Clients:
 
 
 async def watch(
-    clients: Clients, began: float, samples: dict[int, list[Sample]], arrivals: list[tuple[float, dict[str, int]]]
+    clients: Clients,
+    began: float,
+    samples: dict[int, list[Sample]],
+    loads: list[float],
+    arrivals: list[tuple[float, dict[str, int]]],
 ) -> None:
-    """What each replica's process takes, each second; and where deltas lay, each ten."""
+    """What each replica's process takes, each second; how busy the machine is and where deltas lay, each ten."""
     for second in itertools.count():
         if second % 10 == 0:
+            loads.append(os.getloadavg()[0])
             arrivals.append((time.monotonic() - began, await arrived(clients.http)))
         for pid in engine_pids():
             samples.setdefault(pid, []).append(sample_of(pid, began))
@@ -157,11 +163,12 @@ async def arrived(http: httpx2.AsyncClient) -> dict[str, int]:
 async def soak(world: RayWorld, server: Server, options: argparse.Namespace) -> Outcome:
     limits = httpx2.Limits(max_connections=None)
     samples: dict[int, list[Sample]] = {}
+    loads: list[float] = []
     arrivals: list[tuple[float, dict[str, int]]] = []
     async with httpx2.AsyncClient(base_url=server.address, timeout=_STUCK_SECONDS, limits=limits) as http:
         clients = Clients(world, http, skew=options.skew)
         began = clients.record.began = time.monotonic()
-        watching = asyncio.create_task(watch(clients, began, samples, arrivals))
+        watching = asyncio.create_task(watch(clients, began, samples, loads, arrivals))
         until = began + 60 * options.minutes
         rngs = [random.Random(f"{options.seed} {number}") for number in range(options.clients)]
         await asyncio.gather(*(clients.ask_on(rng, until) for rng in rngs))
@@ -173,6 +180,7 @@ async def soak(world: RayWorld, server: Server, options: argparse.Namespace) -> 
     return Outcome(
         record=clients.record,
         samples=samples,
+        loads=loads,
         arrivals=arrivals,
         left_behind=left_behind(found),
         exit_code=await server.ended(seconds=_GRACE_SECONDS + 60),
@@ -183,7 +191,7 @@ async def soak(world: RayWorld, server: Server, options: argparse.Namespace) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--held", type=int, default=8, help="deltas that a replica has room for")
     parser.add_argument(
         "--skew", type=float, default=0.0, help="0: all deltas alike; 1: the nth has an nth of requests"

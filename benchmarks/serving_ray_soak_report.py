@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import textwrap
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,8 @@ class Outcome:
     record: Record
     samples: dict[int, list[Sample]]
     """By process, one for each replica."""
+    loads: list[float]
+    """Processes that wanted a core, each ten seconds."""
     arrivals: list[tuple[float, dict[str, int]]]
     """Seconds, and requests for deltas until then by the tier in which their deltas lay."""
     left_behind: dict[str, float]
@@ -124,6 +127,7 @@ def _run(outcome: Outcome, world: RayWorld, given: dict[str, Any]) -> dict[str, 
         "fifths_mib": [[round(each / 2**20, 1) for each in outcome.fifths(pid)] for pid in outcome.samples],
         "seconds": {kind: [median, longest] for kind, _, median, longest in record.rows()},
         "arrivals": [[round(seconds, 1), counts] for seconds, counts in outcome.arrivals],
+        "load": statistics.median(outcome.loads),
         "exit_code": outcome.exit_code,
     }
 
@@ -131,28 +135,33 @@ def _run(outcome: Outcome, world: RayWorld, given: dict[str, Any]) -> dict[str, 
 def _page(runs: list[dict[str, Any]]) -> str:
     of, sizes = runs[0]["options"], runs[0]["delta_bytes"]
     faults = [fault for run in runs for fault in run["faults"]]
+    versions = f"torch {version('torch')}, transformers {version('transformers')}, Ray {version('ray')}"
+    loads = " and ".join(f"{run['load']:.0f}" for run in runs)
+    what = f"""{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}. Two
+    replicas, each on one thread, on a local Ray; the embedded model in float32; {of["deltas"]} ESFT deltas of
+    {sizes[0] / 2**20:.1f} to {sizes[1] / 2**20:.1f} MiB; {of["clients"]} clients that ask one thing after another, a
+    tenth of it of the base, for {of["minutes"]:g} minutes. The machine had much other work: its load was {loads} on
+    average, so that the seconds say little."""
+    verdict = f"""**{"Passed" if not faults else "Failed: " + "; ".join(faults)}.** Wanted: over {WANTED:.0%} of
+    requests come to a replica that holds their delta already. It is counted on the replica, before anything is loaded for the
+    request; one that comes while its delta is still on its way counts as missed, and so does the first for each delta,
+    {of["deltas"]} in all, which nobody can hold yet. By chance the share would be that of the deltas that a replica has
+    room for. Every answer was compared with that of the merged model alone."""
+    growth = f"""MiB resident, medians over fifths of the time. From the second to the last
+    {max(run["growth"] for run in runs):+.1%} at most (allowed: {MAX_GROWTH:.0%})."""
     return f"""# A soak of the server on Ray Serve
 
 {chr(10).join(map(_command, runs))}
 
-{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {version("torch")}, transformers
-{version("transformers")}, Ray {version("ray")}. Two replicas, each on one thread, on a local Ray; the embedded model in
-float32; {of["deltas"]} ESFT deltas of {sizes[0] / 2**20:.1f} to {sizes[1] / 2**20:.1f} MiB; {of["clients"]} clients
-that ask one thing after another, a tenth of it of the base, for {of["minutes"]:g} minutes. The machine had other work
-meanwhile, so that the seconds say little.
+{_filled(what)}
 
-**{"Passed" if not faults else "Failed: " + "; ".join(faults)}.** Wanted: over {WANTED:.0%} of requests come to a
-replica that holds their delta already. It is counted on the replica, before anything is loaded for the request; one
-that comes while its delta is still on its way counts as missed. By chance it would be the share of deltas that a
-replica has room for. Every answer was compared with that of the merged model alone.
+{_filled(verdict)}
 
 | a replica has room for | requests for deltas | missed | came to a holder | after a minute | by chance |
 |-|-|-|-|-|-|
 {chr(10).join(map(_placing, runs))}
 
-Misses fall into the beginning, when nobody holds anything, and into the time until both replicas together hold all:
-Ray Serve does not move deltas, it only remembers who was asked for what. The course of each run is in
-`serving_ray_soak.json`.
+The course of each run is in `serving_ray_soak.json`.
 
 | a replica has room for | requests | answers checked | wrong | status 5xx | seconds, whole | seconds, streams |
 |-|-|-|-|-|-|-|
@@ -162,13 +171,16 @@ Seconds: the median, and the longest.
 
 ## Memory of the replicas' processes
 
-MiB resident, medians over fifths of the time. From the second to the last {max(run["growth"] for run in runs):+.1%} at
-most (allowed: {MAX_GROWTH:.0%}).
+{_filled(growth)}
 
 | a replica has room for | replica | 1 | 2 | 3 | 4 | 5 |
 |-|-|-|-|-|-|-|
 {chr(10).join(line for run in runs for line in _memory(run))}
 """
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _command(run: dict[str, Any]) -> str:

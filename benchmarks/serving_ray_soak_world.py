@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from serving_deltas import embedded_deltas
@@ -15,6 +15,8 @@ from serving_soak_answers import Question, Right, right_answer
 from serving_soak_world import make_questions, merged
 
 BASE = "embedded"
+_MOST, _PROMPT_TOKENS, _ANSWER_TOKENS = 60, 96, 10
+"""Of the embedded tasks' questions, short ones with short answers: what is asked here is where requests go."""
 STEP = 0.1
 """By which a value moves on average: far enough for each delta to answer otherwise than all others."""
 
@@ -57,7 +59,10 @@ def _make(folder: Path, num_deltas: int, num_questions: int, kept: Path) -> None
     base.model.eval()
     facts = model_facts(base.model, base.source)
     names = [f"delta-{number:02d}" for number in range(num_deltas)]
-    questions = make_questions(base.tokenizer, num_questions)
+    short = [
+        question for question in make_questions(base.tokenizer, _MOST) if len(question.prompt_ids) <= _PROMPT_TOKENS
+    ]
+    questions = [replace(each, max_tokens=min(each.max_tokens, _ANSWER_TOKENS)) for each in short[:num_questions]]
     rights = []
     for name in (BASE, *names):
         model = merged(base.model, None if name == BASE else folder / name)

@@ -65,7 +65,7 @@ def serve(
     on: Annotated[str, typer.Option(help="local (this process), or ray: replicas on a Ray cluster.")] = "local",
     replicas: Annotated[int | None, typer.Option(min=1, help="Replicas of the engine on Ray; 1 if not given.")] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="Ray cluster, as HOST:PORT or auto; else one on this machine is started.")
+        str | None, typer.Option(help="Ray cluster, as HOST:PORT or auto, or RAY_ADDRESS; else one here is started.")
     ] = None,
     autoscaling: Annotated[
         list[str] | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,6 +38,7 @@ def ray_settings(
         return None
     if on != "ray":
         raise ConfigError(f"serve: --on: got {on!r}, expected local or ray.")
+    address = address or os.environ.get("RAY_ADDRESS") or None
     if importlib.util.find_spec("ray") is None:
         raise ServingError("serve: --on ray: Ray is not installed. Install it: pip install 'metier[ray]'")
     from metier.serving.on_ray.environment import set_environment

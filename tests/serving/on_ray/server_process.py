@@ -30,7 +30,7 @@ class ServerProcess:
         command: a shell's, in place of that.
         """
         self.log = log
-        words = ["bash", "-c", f"exec {command}"] if command else [sys.executable, "-m", "metier", "serve"]
+        words = ["bash", "-c", f'exec {command} "$@"', "bash"] if command else [sys.executable, "-m", "metier", "serve"]
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
         environment.pop("METIER_API_KEY", None)
@@ -71,9 +71,17 @@ class ServerProcess:
 
     def pids(self, title: str) -> list[int]:
         """Of its processes of that title."""
-        return [pid for pid, of_it in self._descendants().items() if of_it.startswith(title)]
+        return [pid for pid, of_it in self.descendants().items() if of_it.startswith(title)]
 
-    def _descendants(self) -> dict[int, str]:
+    def pid_of(self, replica: str) -> int:
+        """Of the process that has a replica's log open, which is called by the replica's id."""
+        for pid in self.pids(ENGINE):
+            files = [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir() if each.exists()]
+            if any(replica in file for file in files):
+                return pid
+        raise AssertionError(f"no process of {replica} among {self.pids(ENGINE)}")
+
+    def descendants(self) -> dict[int, str]:
         table: dict[int, tuple[int, str]] = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal():
@@ -108,7 +116,7 @@ class ServerProcess:
 
     def kill(self) -> None:
         """With all processes of its cluster."""
-        pids = list(self._descendants())
+        pids = list(self.descendants())
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()

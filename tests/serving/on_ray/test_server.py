@@ -20,7 +20,7 @@ import httpx2
 import openai
 import pytest
 
-from serving.on_ray.server_process import ENGINE, INGRESS, START_SECONDS, ServerProcess
+from serving.on_ray.server_process import INGRESS, START_SECONDS, ServerProcess
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -326,7 +326,7 @@ def test_a_replica_that_is_killed_is_replaced_and_requests_go_on(server: ServerP
     asking = threading.Thread(target=ask_on)
     asking.start()
     try:
-        os.kill(pid_of(server, holder), signal.SIGKILL)
+        os.kill(server.pid_of(holder), signal.SIGKILL)
         server.wait_until(lambda: len(server.replicas() - former) == 1, "another replica runs", START_SECONDS)
     finally:
         is_over.set()
@@ -334,19 +334,9 @@ def test_a_replica_that_is_killed_is_replaced_and_requests_go_on(server: ServerP
     # an answer that was under way there is lost; nothing else is
     assert set(statuses) <= {200, 503}
     assert statuses.count(200) > len(statuses) / 2
-    # the new one never heard of the load, and learns of it by a request
     for _ in range(20):
         assert answer(server, "late") == expected
     unload(server, "late")
-
-
-def pid_of(server: ServerProcess, replica: str) -> int:
-    """Of the process that has a replica's log open, which is called by the replica's id."""
-    for pid in server.pids(ENGINE):
-        files = [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir() if each.exists()]
-        if any(replica in file for file in files):
-            return pid
-    raise AssertionError(f"no process of {replica} among {server.pids(ENGINE)}")
 
 
 def test_an_ingress_that_is_killed_is_replaced_and_knows_what_was_loaded(server: ServerProcess) -> None:
@@ -364,7 +354,7 @@ def test_an_ingress_that_is_killed_is_replaced_and_knows_what_was_loaded(server:
 
 def test_told_to_stop_it_lets_answers_finish_and_leaves_no_process(server: ServerProcess) -> None:
     body = {"model": "translate", "prompt": "The", "max_tokens": 400, "stream": True, "temperature": 1, "seed": 2}
-    pids = list(server._descendants())
+    pids = list(server.descendants())
     with server.http.stream("POST", TEXT, json=body) as response:
         lines = response.iter_lines()
         next(lines)

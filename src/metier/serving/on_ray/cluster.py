@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -19,13 +20,14 @@ from types import FrameType
 import ray
 from ray import serve
 
-from metier.errors import ServingError
+from metier.errors import ConfigError, ServingError
 from metier.serving.on_ray.deploy import APP, QUIET, deploy
 from metier.serving.on_ray.ray_settings import RaySettings, replica_resources
 from metier.serving.on_ray.replica_state import ReplicaSettings, ReplicaState
 
 _OBJECT_STORE_BYTES = 256 << 20
 """Of shared memory on a cluster of our own; requests and answers hardly use it."""
+_ANSWER_SECONDS = 10.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -72,6 +74,8 @@ def _connected(settings: RaySettings) -> Iterator[None]:
         "include_dashboard": False,
         "object_store_memory": _OBJECT_STORE_BYTES,
     }
+    if settings.address is not None:
+        _check_that_it_answers(settings.address)
     try:
         if settings.address is None:
             ray.init("local", **own, **quiet)
@@ -85,10 +89,26 @@ def _connected(settings: RaySettings) -> Iterator[None]:
         ray.shutdown()
 
 
+def _check_that_it_answers(address: str) -> None:
+    """Ray itself would try for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"serve: --ray-address: got {address!r}, expected HOST:PORT of a cluster's head, or auto.")
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ServingError(_not_there(address, error)) from error
+
+
 def _not_there(address: str | None, error: Exception) -> str:
     if address is None:
         return f"serve: Ray did not start on this machine: {error}\nTry again; it waits for itself for 30 s at most."
-    return f"serve: --ray-address: got {address!r}, where Ray found no cluster: {error}"
+    return (
+        f"serve: --ray-address: got {address!r}, where no Ray cluster can be joined: {error}\n"
+        "Start one there (ray start --head), with the Python and the Ray that are here, or leave it out."
+    )
 
 
 @contextmanager
