@@ -143,10 +143,10 @@ def _page(runs: list[dict[str, Any]]) -> str:
     tenth of it of the base, for {of["minutes"]:g} minutes. The machine had much other work: its load was {loads} on
     average, so that the seconds say little."""
     verdict = f"""**{"Passed" if not faults else "Failed: " + "; ".join(faults)}.** Wanted: over {WANTED:.0%} of
-    requests come to a replica that holds their delta already. It is counted on the replica, before anything is loaded for the
-    request; one that comes while its delta is still on its way counts as missed, and so does the first for each delta,
-    {of["deltas"]} in all, which nobody can hold yet. By chance the share would be that of the deltas that a replica has
-    room for. Every answer was compared with that of the merged model alone."""
+    requests come to a replica that holds their delta already. It is counted on the replica, before anything is loaded
+    for the request; one that comes while its delta is still on its way counts as missed, and so does the first for
+    each delta, {of["deltas"]} in all, which nobody can hold yet. By chance the share would be that of the deltas that a
+    replica has room for. Every answer was compared with that of the merged model alone."""
     growth = f"""MiB resident, medians over fifths of the time. From the second to the last
     {max(run["growth"] for run in runs):+.1%} at most (allowed: {MAX_GROWTH:.0%})."""
     return f"""# A soak of the server on Ray Serve
