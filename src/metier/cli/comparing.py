@@ -37,6 +37,7 @@ def compare(
 
     from metier.evaluation.comparison.cells import Cells, forget_failures
     from metier.evaluation.comparison.config import load_comparison
+    from metier.evaluation.comparison.here import Here
     from metier.evaluation.comparison.schedule import run_cells
     from metier.reports.comparison import write_comparison
 
@@ -44,7 +45,7 @@ def compare(
     if retry:
         forget_failures(cells, cells.failed())
     if not report_only:
-        run_cells(cells, console=Console(), num_jobs=jobs, minutes=minutes)
+        run_cells(cells, Here(jobs), console=Console(), minutes=minutes)
     typer.echo(f"Report: {write_comparison(cells)}")
 
 
@@ -56,12 +57,13 @@ def search(
     """Search over methods and places: what fits the memory runs briefly, the better half runs on."""
     from rich.console import Console
 
+    from metier.evaluation.comparison.here import Here
     from metier.evaluation.comparison.search import load_search
     from metier.evaluation.comparison.search import search as run_search
     from metier.planning.plan import why_not
 
     config = load_search(file)
-    best = run_search(config, lambda run: why_not(run, config.memory), console=Console(), num_jobs=jobs)
+    best = run_search(config, lambda run: why_not(run, config.memory), Here(jobs), console=Console())
     typer.echo(f"The best run, to be repeated at full length: metier train {best}")
 
 
