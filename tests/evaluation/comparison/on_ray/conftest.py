@@ -22,13 +22,14 @@ spec = json.loads((folder / "cell.json").read_text())
 cell, profiles = spec["cell"], Path(spec["profiles"])
 print("runs", cell["label"], flush=True)
 known = sorted(path.name for path in profiles.iterdir()) if profiles.exists() else []
+score = 1.0
 {what}
 (profiles / cell["label"]).mkdir(parents=True, exist_ok=True)
 (profiles / cell["label"] / "profile.json").write_text("{{}}")
 (folder / "run").mkdir()
 (folder / "run" / "plan.json").write_text("{{}}")
 (folder / "run" / "a.safetensors").write_text("large")
-found = {{"validation": 1.0, "test": {{"metric": "m", "score": 1.0, "item_scores": [1.0]}}, "seconds": 0.1,
+found = {{"validation": score, "test": {{"metric": "m", "score": score, "item_scores": [score]}}, "seconds": 0.1,
     "cwd": os.getcwd(), "threads": os.environ["OMP_NUM_THREADS"], "known": known, "folder": str(folder)}}
 (folder / "result.json").write_text(json.dumps(found))
 """

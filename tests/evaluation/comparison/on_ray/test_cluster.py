@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from metier.cli import app
 from metier.errors import ConfigError, RunError
-from metier.evaluation.comparison.on_ray.cluster import _connect, last_line
+from metier.evaluation.comparison.on_ray.cluster import _connect, in_a_line
 
 SPEC = "output_dir: out\nmodel: embedded\ntasks: [synopsis]\nmethods: [{method: ia3, learning_rate: 1e-2}]\n"
 
@@ -68,7 +68,7 @@ def test_a_cluster_that_lets_nobody_in_is_said_so() -> None:
     class RayError(Exception): ...
 
     def init(*_: object, **__: object) -> None:
-        raise RayError("RPC error:\n  the token is missing\n")
+        raise RayError("the token is missing\n  pages of advice\n")
 
     ray = SimpleNamespace(init=init, exceptions=SimpleNamespace(RayError=RayError))
     with pytest.raises(
@@ -77,6 +77,9 @@ def test_a_cluster_that_lets_nobody_in_is_said_so() -> None:
         _connect(ray, "auto")
 
 
-def test_of_what_ray_says_the_last_words_count() -> None:
-    assert last_line(ValueError("a\n b \n\n")) == "b"
-    assert last_line(ValueError()) == "ValueError"
+def test_what_ray_says_is_told_in_a_line() -> None:
+    assert in_a_line(ValueError("the worker died\n pages of advice \n\n")) == "the worker died"
+    assert (
+        in_a_line(ValueError("ray::f()\nTraceback (most recent call last):\n  f()\nKeyError: 'a'\n")) == "KeyError: 'a'"
+    )
+    assert in_a_line(ValueError()) == "ValueError"

@@ -144,14 +144,14 @@ def test_a_crash_and_a_lost_worker_are_told_as_on_one_machine(comparison, runner
     cells, ray = Cells(comparison(seeds=(0,), learning_rate_factors=(1.0,))), MadeUpRay()
     ray.failing = {
         "LoRA": Errors.OutOfMemoryError("the node ran out of memory"),
-        "full": Errors.RayError("a trace\n\n  the node has no metier\n"),
+        "full": Errors.RayError("Traceback:\n\n  the node has no metier\n"),
     }
     run_cells(cells, place_on(ray), console=told)
     why = {cell.label: cells.failure(cell).splitlines() for cell in cells.failed()}
     assert why == {
-        "full fine-tuning": ["Ray: the node has no metier", "a trace", "", "  the node has no metier"],
+        "full fine-tuning": ["Ray: the node has no metier", "Traceback:", "", "  the node has no metier"],
         "ESFT": ["killed", "runs ESFT"],
-        "LoRA": ["killed", "the node ran out of memory"],
+        "LoRA": ["killed: the node ran out of memory", "the node ran out of memory"],
     }
 
 

@@ -17,6 +17,7 @@ from metier.evaluation.comparison.on_ray.on_node import look_at_node
 LOST_RETRIES = 1
 """How often Ray runs a cell again whose worker or node was lost; one that crashes by itself is not run again."""
 _OBJECT_STORE_BYTES = 128 << 20  # results are a few hundred KB; the rest is the cells'
+_QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 _ANSWER_SECONDS = 10.0
 _LOOK_SECONDS = 120.0
 
@@ -83,7 +84,7 @@ def check_nodes(ray: Any, nodes: list[Node], inputs: tuple[str, ...]) -> None:
             facts = ray.get(answer, timeout=_LOOK_SECONDS)
         except ray.exceptions.RayError as error:
             raise RunError(
-                f"compare: node {node.name} cannot run a cell: {last_line(error)}\n"
+                f"compare: node {node.name} cannot run a cell: {in_a_line(error)}\n"
                 f"Every node needs Python, Ray and metier as they are here: pip install 'metier[ray]=={__version__}'."
             ) from error
         if facts.version != __version__:
@@ -98,39 +99,41 @@ def check_nodes(ray: Any, nodes: list[Node], inputs: tuple[str, ...]) -> None:
             )
 
 
-def last_line(error: Exception) -> str:
-    """Of what Ray says, the words that are not a trace."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def in_a_line(error: Exception) -> str:
+    """What Ray says, in a line: the last one of a trace, else the first of what may be pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1] if any("Traceback" in line for line in lines) else lines[0]
 
 
 def _connect(ray: Any, address: str | None) -> None:
-    common = {"log_to_driver": False, "logging_level": "ERROR"}
     if address in (None, "local"):
-        from metier.memory.memory_limit import memory_limit_bytes  # with torch
-
-        # Ray's workers step back for other programs, and cells' times would not be those of runs without it
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        ray.init(
-            "local",
-            # as many as runs on this machine have without Ray
-            num_cpus=os.cpu_count(),
-            _memory=memory_limit_bytes(),
-            object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            **common,
-        )
+        _start(ray)
     else:
         _check_it_answers(address)
         try:
-            ray.init(address, **common)
+            ray.init(address, **_QUIET)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise RunError(
-                f"compare: the Ray cluster at {address} cannot be joined: {last_line(error)}\n"
+                f"compare: the Ray cluster at {address} cannot be joined: {in_a_line(error)}\n"
                 "Where it asks for a token, set RAY_AUTH_MODE=token; its Ray and Python have to be those that are here."
             ) from error
     # log_to_driver leaves out what workers say, not what Ray itself says of them: pages, between our lines of progress
     ray._private.worker._worker_logs_enabled = False
+
+
+def _start(ray: Any) -> None:
+    """A cluster of this machine, with what runs here have without Ray: all its cores, its memory, their priority."""
+    from metier.memory.memory_limit import memory_limit_bytes  # with torch
+
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    resources = {"num_cpus": os.cpu_count(), "_memory": memory_limit_bytes()}
+    try:
+        ray.init("local", **resources, object_store_memory=_OBJECT_STORE_BYTES, include_dashboard=False, **_QUIET)
+    except Exception as error:  # Ray has no type for it
+        raise RunError(
+            f"compare: Ray cannot start on this machine: {in_a_line(error)}\n"
+            "Where the machine is busy, try again; what is done is not run again. Ray's logs are in /tmp/ray."
+        ) from error
 
 
 def _check_it_answers(address: str | None) -> None:

@@ -20,7 +20,7 @@ from metier.embedded import task_names
 from metier.evaluation.comparison import child
 from metier.evaluation.comparison.cells import LOG, Cell, Cells
 from metier.evaluation.comparison.config import ComparisonConfig
-from metier.evaluation.comparison.on_ray.cluster import LOST_RETRIES, check_nodes, last_line, nodes_of, ray_cluster
+from metier.evaluation.comparison.on_ray.cluster import LOST_RETRIES, check_nodes, in_a_line, nodes_of, ray_cluster
 from metier.evaluation.comparison.on_ray.files import add_folders, read_files, write_files
 from metier.evaluation.comparison.on_ray.needs import Needs, share_of_node
 from metier.evaluation.comparison.on_ray.on_node import Order, Outcome, carry_out
@@ -156,9 +156,9 @@ class RayPlace:
         try:
             outcome: Outcome = self._ray.get(reference)
         except (errors.WorkerCrashedError, errors.NodeDiedError, errors.OutOfMemoryError) as error:
-            return Outcome(reason="killed", files={LOG: _said(error)})
+            return Outcome(reason=f"killed: {in_a_line(error)}", files={LOG: _said(error)})
         except errors.RayError as error:
-            return Outcome(reason=f"Ray: {last_line(error)}", files={LOG: _said(error)})
+            return Outcome(reason=f"Ray: {in_a_line(error)}", files={LOG: _said(error)})
         return outcome
 
     def _end(self, sent: _Sent, outcome: Outcome) -> None:
