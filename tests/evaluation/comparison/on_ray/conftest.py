@@ -30,6 +30,7 @@ score = 1.0
 (folder / "run" / "plan.json").write_text("{{}}")
 (folder / "run" / "a.safetensors").write_text("large")
 found = {{"validation": score, "test": {{"metric": "m", "score": score, "item_scores": [score]}}, "seconds": 0.1,
+    "bits_per_byte": {{"prose": 1.0}}, "samples": [], "versions": {{}}, "hardware": {{}}, "merges": True,
     "cwd": os.getcwd(), "threads": os.environ["OMP_NUM_THREADS"], "known": known, "folder": str(folder)}}
 (folder / "result.json").write_text(json.dumps(found))
 """

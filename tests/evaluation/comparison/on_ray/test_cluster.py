@@ -77,6 +77,20 @@ def test_a_cluster_that_lets_nobody_in_is_said_so() -> None:
         _connect(ray, "auto")
 
 
+def test_a_cluster_that_does_not_start_is_tried_twice_and_told() -> None:
+    tries = []
+
+    def init(*_: object, **__: object) -> None:
+        tries.append(0)
+        raise Exception("The current node timed out during startup.")
+
+    with pytest.raises(
+        RunError, match=r"Ray cannot start on this machine: The current node timed out during startup\."
+    ):
+        _connect(SimpleNamespace(init=init), None)
+    assert len(tries) == 2
+
+
 def test_what_ray_says_is_told_in_a_line() -> None:
     assert in_a_line(ValueError("the worker died\n pages of advice \n\n")) == "the worker died"
     assert (

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 GIB = 1 << 30
-SECONDS = 240
+SECONDS = 600
 """Of a comparison of some cells of a second each, on a loaded machine, Ray's start included."""
 DRIVER = """
 import sys
@@ -226,12 +227,20 @@ def test_a_comparison_that_is_stopped_goes_on(started, tmp_path: Path, kill: sig
     assert process.returncode == 0, err
     assert cells.pending() == cells.failed() == []
     assert folder.stat().st_mtime_ns == changed
-    assert len(json.loads((tmp_path / "out" / "comparison.json").read_text())["tasks"]) == 1
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["num_done"] == 4
     # nothing of Ray's in the lines of progress
     lines = out.splitlines()
     assert [line.split("  ")[0] for line in lines[:-1]] == ["2 of 4", "3 of 4", "4 of 4"]
     assert lines[-1].startswith("Report: ")
     assert err == ""
+
+
+def patient(start: Any) -> Any:
+    """What starts within three times: Ray waits 30 seconds, which a loaded machine exceeds."""
+    for _ in range(2):
+        with suppress(Exception):
+            return start()
+    return start()
 
 
 @pytest.fixture
@@ -243,8 +252,8 @@ def cluster(runner, monkeypatch: pytest.MonkeyPatch):
     # Ray's workers step back for other programs
     monkeypatch.setenv("RAY_worker_niceness", "0")
     common = {"object_store_memory": 100 << 20, "include_dashboard": False}
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "memory": 2 * GIB, **common})
-    found.larger = found.add_node(num_cpus=1, memory=8 * GIB, object_store_memory=100 << 20)
+    found = patient(lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "memory": 2 * GIB, **common}))
+    found.larger = patient(lambda: found.add_node(num_cpus=1, memory=8 * GIB, object_store_memory=100 << 20))
     found.wait_for_nodes()
     yield found
     ray.shutdown()

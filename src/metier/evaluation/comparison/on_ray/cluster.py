@@ -126,14 +126,22 @@ def _start(ray: Any) -> None:
     from metier.memory.memory_limit import memory_limit_bytes  # with torch
 
     os.environ.setdefault("RAY_worker_niceness", "0")
-    resources = {"num_cpus": os.cpu_count(), "_memory": memory_limit_bytes()}
-    try:
-        ray.init("local", **resources, object_store_memory=_OBJECT_STORE_BYTES, include_dashboard=False, **_QUIET)
-    except Exception as error:  # Ray has no type for it
-        raise RunError(
-            f"compare: Ray cannot start on this machine: {in_a_line(error)}\n"
-            "Where the machine is busy, try again; what is done is not run again. Ray's logs are in /tmp/ray."
-        ) from error
+    resources = {
+        "num_cpus": os.cpu_count(),
+        "_memory": memory_limit_bytes(),
+        "object_store_memory": _OBJECT_STORE_BYTES,
+    }
+    for is_last in (False, True):
+        try:
+            ray.init("local", **resources, include_dashboard=False, **_QUIET)
+        except Exception as error:  # Ray has no type for it; it waits 30 seconds, which a busy machine may exceed once
+            if is_last:
+                raise RunError(
+                    f"compare: Ray cannot start on this machine: {in_a_line(error)}\n"
+                    "Where the machine is busy, try again; what is done is not run again. Ray's logs are in /tmp/ray."
+                ) from error
+        else:
+            return
 
 
 def _check_it_answers(address: str | None) -> None:
