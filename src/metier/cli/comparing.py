@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from metier.cli.app import Model, TrustRemoteCode, app, show, with_adapter
+
+if TYPE_CHECKING:
+    from metier.evaluation.comparison.config import ComparisonConfig
+    from metier.evaluation.comparison.schedule import Place
 
 
 @app.command()
@@ -28,6 +33,13 @@ def compare(
     minutes: Annotated[float | None, typer.Option(help="Begin no run after so many; the next call goes on.")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Run again what failed before.")] = False,
     report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report what is there.")] = False,
+    on: Annotated[
+        Literal["here", "ray"], typer.Option(help="Where runs go: this machine, or a Ray cluster (--jobs: on a node).")
+    ] = "here",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT of the cluster, or auto; else RAY_ADDRESS, or a cluster on this machine."),
+    ] = None,
 ) -> None:
     """Compare methods on tasks: scores, forgetting, memory, time, size, with seeds and intervals.
 
@@ -35,16 +47,20 @@ def compare(
     """
     from rich.console import Console
 
+    from metier.errors import ConfigError
     from metier.evaluation.comparison.cells import Cells, forget_failures
     from metier.evaluation.comparison.config import load_comparison
     from metier.evaluation.comparison.schedule import run_cells
     from metier.reports.comparison import write_comparison
 
+    if ray_address is not None and on != "ray":
+        raise ConfigError("compare: --ray-address is for --on ray, which is missing. Add it, or leave the address out.")
     cells = Cells(load_comparison(comparison))
     if retry:
         forget_failures(cells, cells.failed())
     if not report_only:
-        run_cells(cells, console=Console(), num_jobs=jobs, minutes=minutes)
+        with _place(cells.config, on, ray_address, jobs) as place:
+            run_cells(cells, place, console=Console(), minutes=minutes)
     typer.echo(f"Report: {write_comparison(cells)}")
 
 
@@ -56,12 +72,13 @@ def search(
     """Search over methods and places: what fits the memory runs briefly, the better half runs on."""
     from rich.console import Console
 
+    from metier.evaluation.comparison.here import Here
     from metier.evaluation.comparison.search import load_search
     from metier.evaluation.comparison.search import search as run_search
     from metier.planning.plan import why_not
 
     config = load_search(file)
-    best = run_search(config, lambda run: why_not(run, config.memory), console=Console(), num_jobs=jobs)
+    best = run_search(config, lambda run: why_not(run, config.memory), Here(jobs), console=Console())
     typer.echo(f"The best run, to be repeated at full length: metier train {best}")
 
 
@@ -117,6 +134,21 @@ def evaluate(
     show(comparison_table(compare(scores, [], base_name=model if adapter is None else str(adapter))))
     for domain, loss in scores.domains.items():
         typer.echo(f"{domain}: {loss.bits_per_byte:.3f} bits a byte ({loss.low:.3f} to {loss.high:.3f})")
+
+
+def _place(config: ComparisonConfig, on: str, address: str | None, num_jobs: int) -> AbstractContextManager[Place]:
+    """Where a comparison's runs go."""
+    from metier.evaluation.comparison.here import Here
+
+    if on == "here":
+        return nullcontext(Here(num_jobs))
+    from metier.evaluation.comparison.on_ray.cluster import check_installed
+    from metier.evaluation.comparison.on_ray.place import ray_place
+
+    check_installed()
+    from metier.planning.host_memory import host_memory_bytes
+
+    return ray_place(config, host_memory_bytes, address=address, num_jobs=num_jobs)
 
 
 def _harness_scores(

@@ -1,4 +1,4 @@
-"""Run one cell of a comparison in a process of its own: `python -m metier.training.cell FOLDER`.
+"""Run one cell of a comparison in a process of its own: `python -m metier.training.cell FOLDER [--ends-with-starter]`.
 
 The folder has `cell.json`, which says what to run; `result.json` appears in it whole, when all is measured.
 """
@@ -26,6 +26,7 @@ from metier.config_reading import run_config_of
 from metier.data.records import load_records
 from metier.errors import ConfigError
 from metier.evaluation.comparison.cells import RESULT, SPEC
+from metier.evaluation.comparison.child import ENDS_WITH_STARTER, end_with_starter
 from metier.evaluation.comparison.config import BASE, run_values
 from metier.evaluation.evaluate import evaluate
 from metier.evaluation.generate import encode_prompts
@@ -228,4 +229,6 @@ def _remove_weights(run: Path) -> None:
 
 
 if __name__ == "__main__":
+    if ENDS_WITH_STARTER in sys.argv:
+        end_with_starter()
     run_cell(Path(sys.argv[1]))

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from metier.evaluation.comparison import schedule
+from metier.evaluation.comparison import child
 from metier.evaluation.comparison.cells import Cells
+from metier.evaluation.comparison.here import Here
+from metier.evaluation.comparison.schedule import run_cells
 
 RUNNER = """
 import json, os, sys
@@ -23,14 +25,16 @@ if cell["label"] == "LoRA" and cell["seed"] == 0 and cell["learning_rate"] < 0.0
 if cell["label"] == "LoRA" and cell["learning_rate"] > 0.02:
     raise ValueError("it diverged")
 found = {"validation": 1.0, "test": {"metric": "m", "score": 1.0, "item_scores": [1.0]}, "seconds": 0.1, "ran": os.getpid()}
-(folder / "result.json").write_text(json.dumps(found))
+# whole or not at all, as a cell does
+(folder / "part").write_text(json.dumps(found))
+(folder / "part").replace(folder / "result.json")
 """
 
 
 @pytest.fixture
 def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "made_up_runner.py").write_text(RUNNER)
-    monkeypatch.setattr(schedule, "_RUNNER", "made_up_runner")
+    monkeypatch.setattr(child, "RUNNER", "made_up_runner")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
@@ -41,7 +45,7 @@ def console() -> Console:
 def test_all_cells_run_and_a_crash_loses_one(comparison, runner) -> None:
     told = console()
     cells = Cells(comparison())
-    schedule.run_cells(cells, console=told, num_jobs=3)
+    run_cells(cells, Here(3), console=told)
     assert cells.pending() == []
     low, high = cells.failed()
     assert cells.failure(low).startswith("killed")
@@ -54,15 +58,15 @@ def test_all_cells_run_and_a_crash_loses_one(comparison, runner) -> None:
 
 
 def test_what_is_done_is_not_run_again(comparison, runner) -> None:
-    schedule.run_cells(Cells(comparison()), console=console(), num_jobs=3)
+    run_cells(Cells(comparison()), Here(3), console=console())
     cells = Cells(comparison())
     before = {cell: cells.result(cell) for cell in cells.known()}
-    schedule.run_cells(Cells(comparison()), console=console(), num_jobs=3)
+    run_cells(Cells(comparison()), Here(3), console=console())
     again = Cells(comparison())
     assert {cell: again.result(cell) for cell in again.known()} == before
 
 
 def test_no_run_is_begun_when_time_is_up(comparison, runner) -> None:
     cells = Cells(comparison())
-    schedule.run_cells(cells, console=console(), minutes=0)
+    run_cells(cells, Here(), console=console(), minutes=0)
     assert len(cells.pending()) == len(list(cells.known()))

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from metier.config_reading import load_run_config
 from metier.errors import ConfigError
-from metier.evaluation.comparison import schedule
+from metier.evaluation.comparison import child
+from metier.evaluation.comparison.here import Here
 from metier.evaluation.comparison.search import SearchConfig, load_search, search
 from metier.planning.plan import why_not
 
@@ -27,14 +28,16 @@ if "vera" in label and steps > 1:
 # late learners: what leads at first is not what wins
 score = {"lora": 10 + steps, "ia3": 12.0, "vera": 11.0}.get(label.split()[0], 0.0) + spec["cell"]["learning_rate"]
 found = {"validation": score, "test": {"metric": "m", "score": 0.0, "item_scores": [0.0]}, "seconds": 0.1}
-(folder / "result.json").write_text(json.dumps(found))
+# whole or not at all, as a cell does
+(folder / "part").write_text(json.dumps(found))
+(folder / "part").replace(folder / "result.json")
 """
 
 
 @pytest.fixture
 def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "made_up_runner.py").write_text(RUNNER)
-    monkeypatch.setattr(schedule, "_RUNNER", "made_up_runner")
+    monkeypatch.setattr(child, "RUNNER", "made_up_runner")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
@@ -64,7 +67,7 @@ def test_candidates_are_methods_options_rates_and_places_that_they_can_go(tmp_pa
 
 def test_the_better_half_runs_on_and_the_last_round_decides(tmp_path: Path, runner) -> None:
     told = Console(file=StringIO(), width=300)
-    best = search(config(tmp_path), lambda run: "", console=told, num_jobs=4)
+    best = search(config(tmp_path), lambda run: "", Here(4), console=told)
     content = json.loads((tmp_path / "out" / "search.json").read_text())
     first, last = content["rounds"]
     assert first["ranked"][0][0] == "ia3 at 0.01"
@@ -79,12 +82,12 @@ def test_the_better_half_runs_on_and_the_last_round_decides(tmp_path: Path, runn
 
 def test_what_does_not_fit_is_not_run(tmp_path: Path, runner) -> None:
     told = Console(file=StringIO(), width=300)
-    search(config(tmp_path), lambda run: "too large" if run.method == "lora" else "", console=told, num_jobs=4)
+    search(config(tmp_path), lambda run: "too large" if run.method == "lora" else "", Here(4), console=told)
     content = json.loads((tmp_path / "out" / "search.json").read_text())
     assert list(content["left_out"].values()) == ["too large"] * 4
     assert content["best"] == "ia3 at 0.01"
     with pytest.raises(ConfigError, match=r"no candidate is left: too large\. Give more memory"):
-        search(config(tmp_path), lambda run: "too large", console=told)
+        search(config(tmp_path), lambda run: "too large", Here(4), console=told)
 
 
 def test_the_planner_says_what_fits(tmp_path: Path) -> None:

@@ -1,82 +1,86 @@
-"""Run a comparison's cells, each in a process of its own, so many at once; a crash of one loses no other."""
+"""Run a comparison's cells as there is room for them, wherever that is; a crash of one loses no other."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
-from collections import deque
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Protocol
 
 from rich.console import Console
 
-from metier.evaluation.comparison.cells import FAILURE, LOG, RESULT, SPEC, Cell, Cells
+from metier.evaluation.comparison.cells import FAILURE, LOG, Cell, Cells
 
-_RUNNER = "metier.training.cell"
-"""The module that runs one; it stands above this room, so it is started and not imported."""
+_POLL_SECONDS = 0.2
 _LAST_LINES = 30
 
 
-def run_cells(cells: Cells, *, console: Console, num_jobs: int = 1, minutes: float | None = None) -> None:
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a cell's run ended."""
+
+    cell: Cell
+    reason: str
+    """Why it failed, in a few words; "" where its result is in its folder."""
+    is_begun: bool = True
+    """False where the time was up before there was room for it."""
+
+
+class Place(Protocol):
+    """Where cells run: it starts them, and leaves in a cell's folder what its run left."""
+
+    def has_room(self) -> bool:
+        """Whether another cell may be handed over."""
+
+    def start(self, cells: Cells, cell: Cell, *, until: float | None) -> None:
+        """Take a cell over; it is not begun after `until`, in seconds since the epoch."""
+
+    def ended(self, seconds: float) -> list[End]:
+        """Cells that ended since the last call; waits so long for one."""
+
+    def stop(self) -> None:
+        """End what runs."""
+
+
+def run_cells(cells: Cells, place: Place, *, console: Console, minutes: float | None = None) -> None:
     """Run all that is pending, and what becomes known on the way.
 
     Args:
         cells: of the comparison.
+        place: where they run.
         console: where each cell's end is told.
-        num_jobs: processes at once; each gets its share of the machine's cores.
         minutes: after which no cell is begun any more.
     """
-    started, running = time.monotonic(), dict[Cell, subprocess.Popen[bytes]]()
-    num_threads = max(1, (os.cpu_count() or 1) // num_jobs)
+    until, running = None if minutes is None else time.time() + 60 * minutes, set[Cell]()
     try:
         while True:
-            for cell, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[cell]
-                    _tell(cells, cell, process.returncode, console)
-            is_over = minutes is not None and time.monotonic() - started > 60 * minutes
-            waiting = deque(cell for cell in cells.pending() if cell not in running)
-            while waiting and len(running) < num_jobs and not is_over:
-                cell = waiting.popleft()
-                running[cell] = _start(cells, cell, num_threads)
+            is_over = until is not None and time.time() >= until
+            for cell in cells.pending():
+                if is_over or not place.has_room():
+                    break
+                if cell not in running:
+                    place.start(cells, cell, until=until)
+                    running.add(cell)
             if not running:
                 return
-            time.sleep(0.2)
+            for end in place.ended(_POLL_SECONDS):
+                running.remove(end.cell)
+                if end.is_begun:
+                    _tell(cells, end, console)
     finally:
-        for process in running.values():
-            process.kill()
-            process.wait()
+        place.stop()
 
 
-def _start(cells: Cells, cell: Cell, num_threads: int) -> subprocess.Popen[bytes]:
-    folder = cells.folder(cell)
-    folder.mkdir(parents=True, exist_ok=True)
-    spec = {**cells.spec(cell), "profiles": str((cells.root / "profiles").resolve())}
-    (folder / SPEC).write_text(json.dumps(spec, indent=1), encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
-    with (folder / LOG).open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", _RUNNER, str(folder)], stdout=log, stderr=subprocess.STDOUT, env=environment
-        )
-
-
-def _tell(cells: Cells, cell: Cell, code: int, console: Console) -> None:
+def _tell(cells: Cells, end: End, console: Console) -> None:
     """Say how a cell ended, and keep why where it failed."""
-    folder = cells.folder(cell)
+    cell, folder = end.cell, cells.folder(end.cell)
     num_done = sum(cells.result(one) is not None for one in cells.known())
     place = f"{num_done} of {cells.num_needed()}"
-    if code == 0 and (folder / RESULT).exists():
+    if not end.reason:
         result = cells.result(cell)
         assert result is not None, "it is there"
         console.print(f"{place}  {cell}: {result['test']['score']:.2f} in {result['seconds']:.0f} s", highlight=False)
         return
-    reason = "killed" if code < 0 else f"exit code {code}"
-    (folder / FAILURE).write_text(f"{reason}\n{_end_of(folder / LOG)}", encoding="utf-8")
-    console.print(f"{place}  {cell}: failed ({reason}); see {folder / LOG}", style="red", highlight=False)
-
-
-def _end_of(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(lines[-_LAST_LINES:])
+    log = folder / LOG
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]
+    (folder / FAILURE).write_text("\n".join([end.reason, *lines]), encoding="utf-8")
+    console.print(f"{place}  {cell}: failed ({end.reason}); see {log}", style="red", highlight=False)

@@ -22,7 +22,7 @@ from metier.config import RunConfig
 from metier.errors import ConfigError
 from metier.evaluation.comparison.cells import Cell, Cells
 from metier.evaluation.comparison.config import Candidate, ComparisonConfig, check_keys, read_yaml
-from metier.evaluation.comparison.schedule import run_cells
+from metier.evaluation.comparison.schedule import Place, run_cells
 from metier.evaluation.tasks import load_task
 
 Fits = Callable[[RunConfig], str]
@@ -117,14 +117,14 @@ def load_search(path: str | Path) -> SearchConfig:
     return SearchConfig(**values)
 
 
-def search(config: SearchConfig, fits: Fits, *, console: Console, num_jobs: int = 1) -> Path:
+def search(config: SearchConfig, fits: Fits, place: Place, *, console: Console) -> Path:
     """Run the rounds; `search.json` has all of them, `best.yaml` is the run to repeat at full length.
 
     Args:
         config: the search.
         fits: of the planner.
+        place: where runs go.
         console: where the rounds are told.
-        num_jobs: processes at once.
 
     Returns:
         `best.yaml`.
@@ -146,7 +146,7 @@ def search(config: SearchConfig, fits: Fits, *, console: Console, num_jobs: int 
     rounds = []
     for number, num_steps in enumerate(config.rungs):
         cells = Cells(config.round(_need(alive, left_out), num_steps))
-        run_cells(cells, console=console, num_jobs=num_jobs)
+        run_cells(cells, place, console=console)
         ranked = _ranked(cells, config)
         rounds.append({"steps": num_steps, "ranked": [[candidate.label, score] for candidate, score in ranked]})
         is_last = number == len(config.rungs) - 1

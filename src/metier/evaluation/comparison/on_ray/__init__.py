@@ -1,0 +1,1 @@
+"""A Ray cluster as the place where cells run. Ray schedules, places and retries them; nothing here does."""
