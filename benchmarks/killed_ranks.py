@@ -3,8 +3,9 @@
     python benchmarks/killed_ranks.py [--kills 20] [--seed 0]     writes results/killed_ranks.md and .json
 
 A tiny Mixture-of-Experts model is tuned by ESFT under `torchrun --nproc-per-node 2 --max-restarts 1`, in turn with
-copies of the weights (DDP) and with shards (FSDP2). At a moment drawn evenly from the length of a run one of the two
-processes, drawn too, gets SIGKILL. Then: how long until torchrun has ended the others and begun again; whether each
+copies of the weights (DDP) and with shards (FSDP2). At a random moment one of the two processes, drawn too, gets
+SIGKILL: after a step that is drawn evenly, and up to a second later; step 0 is the start, of which a moment is drawn
+evenly. Then: how long until torchrun has ended the others and begun again; whether each
 checkpoint that was complete is so still, and the run goes on from the newest; and its last loss beside that of a run
 that nobody killed.
 """
@@ -24,6 +25,8 @@ from statistics import median
 TESTS = Path(__file__).parents[1] / "tests"
 RESULTS = Path(__file__).parent / "results"
 STEPS, SAVE_STEPS = 40, 5
+START_SECONDS = 10
+"""From a process to its first step, about."""
 
 
 def main() -> None:
@@ -43,17 +46,15 @@ def measure(folder: Path, num_kills: int, chance: random.Random) -> list[dict]:
     from distributed.launch import losses
 
     write_world(folder)
-    expected, seconds = {}, {}
+    expected = {}
     for sharding in ("ddp", "fsdp"):
-        started = time.monotonic()
         run = start(folder, f"straight-{sharding}", sharding, restarts=0)
         assert run.wait() == 0, (folder / f"straight-{sharding}.log").read_text()
-        seconds[sharding] = time.monotonic() - started
         expected[sharding] = losses(folder / f"straight-{sharding}")[STEPS]["loss"]
     rows = []
     while len(rows) < num_kills:
         sharding = ("ddp", "fsdp")[len(rows) % 2]
-        row = one_kill(folder, len(rows), sharding, chance.uniform(0, seconds[sharding]), chance.randrange(2))
+        row = one_kill(folder, sharding, chance.randrange(STEPS), chance.random(), chance.randrange(2))
         if row is not None:
             apart = None if row["loss"] is None else row["loss"] / expected[sharding] - 1
             rows.append(row | {"loss_beside_straight": apart})
@@ -61,15 +62,19 @@ def measure(folder: Path, num_kills: int, chance: random.Random) -> list[dict]:
     return rows
 
 
-def one_kill(folder: Path, number: int, sharding: str, moment: float, victim: int) -> dict | None:
+def one_kill(folder: Path, sharding: str, step: int, later: float, victim: int) -> dict | None:
     """What came of it; None where the run was over before its moment."""
     from distributed.killing import kill, wait_until, workers
     from distributed.launch import losses
 
-    name = f"run-{number}-{time.monotonic_ns()}"
+    name = f"run-{time.monotonic_ns()}"
     run = start(folder, name, sharding, restarts=1)
-    checkpoints = folder / name / "checkpoints"
-    ends = time.monotonic() + moment
+    checkpoints, metrics = folder / name / "checkpoints", folder / name / "metrics.jsonl"
+    if not wait_until(lambda: len(workers(run.pid)) == 2, run):
+        return None
+    if step and not wait_until(lambda: metrics.exists() and max(losses(folder / name), default=0) >= step, run):
+        return None
+    ends = time.monotonic() + (later if step else START_SECONDS * later)
     if not wait_until(lambda: time.monotonic() >= ends and len(workers(run.pid)) == 2, run):
         return None
     before = {path.parent.name for path in checkpoints.glob("*/complete")}
@@ -85,7 +90,8 @@ def one_kill(folder: Path, number: int, sharding: str, moment: float, victim: in
     return {
         "sharding": sharding,
         "victim": victim,
-        "moment_seconds": moment,
+        "after_step": step,
+        "seconds_later": later if step else START_SECONDS * later,
         "seconds_until_begun_again": seconds if begun else None,
         "exit_code": code,
         "complete_before": sorted(before),
@@ -140,7 +146,7 @@ def report(rows: list[dict]) -> str:
         "# Killed processes",
         "",
         "`python benchmarks/killed_ranks.py`: ESFT on a tiny Mixture-of-Experts model under torchrun, two processes,",
-        f"{STEPS} steps, a checkpoint every {SAVE_STEPS}; in each one process is killed (SIGKILL) at a random moment.",
+        f"{STEPS} steps, a checkpoint every {SAVE_STEPS}; in each one process is killed (SIGKILL) at a random moment: within a second of a step drawn evenly.",
         "",
         f"- {len(rows)} kills, {sum(row['exit_code'] == 0 for row in rows)} runs that reached their end by themselves.",
         f"- Complete checkpoints that were lost: {sum(len(row['lost']) for row in rows)}; runs that went on from the "
@@ -148,7 +154,7 @@ def report(rows: list[dict]) -> str:
         f"- From the kill until both processes had begun again: {median(waits):.1f} s, {max(waits):.1f} s at most.",
         f"- Last loss beside that of the run that nobody killed: {worst:.1e} apart at most, relative.",
         "",
-        "| weights | killed | after, s | complete before | until begun again, s | last loss beside straight |",
+        "| weights | killed | after step | complete before | until begun again, s | last loss beside straight |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -157,7 +163,7 @@ def report(rows: list[dict]) -> str:
         wait = row["seconds_until_begun_again"]
         loss = "not reached" if row["loss"] is None else f"{row['loss_beside_straight']:+.1e}"
         lines.append(
-            f"| {row['sharding']} | {row['victim']} | {row['moment_seconds']:.1f} | "
+            f"| {row['sharding']} | {row['victim']} | {row['after_step']} | "
             f"{'none' if newest is None else f'to step {newest}'} | {'-' if wait is None else f'{wait:.1f}'} | {loss} |"
         )
     return "\n".join(lines) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -188,6 +189,21 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_again(configure: Confi
     again = train(configure("stopped", resume_from_checkpoint="last"), console=console)
     assert "Resuming from the beginning" in console.file.getvalue()  # type: ignore[attr-defined]
     assert same_bits(delta(straight.folder), delta(again.folder))
+
+
+def test_a_run_goes_on_from_the_last_checkpoint_that_was_written_in_full(
+    configure: Configure, console: Console
+) -> None:
+    folder = train(configure(save_steps=1), console=console).folder
+    straight = delta(folder)
+    shutil.rmtree(folder / "adapter")
+    # killed after the last file of a checkpoint, before its marker
+    for step in (3, 4):
+        (folder / "checkpoints" / f"checkpoint-{step}" / "complete").unlink()
+    again = train(configure(save_steps=1, resume_from_checkpoint="last"), console=console)
+    said = console.file.getvalue().replace("\n", "")  # type: ignore[attr-defined]
+    assert re.findall(r"Resuming from \S*(checkpoint-\d)", said) == ["checkpoint-2"]
+    assert same_bits(straight, delta(again.folder))
 
 
 def test_an_incomplete_checkpoint_and_one_of_another_run_are_refused(configure: Configure, console: Console) -> None:

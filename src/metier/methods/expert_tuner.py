@@ -69,8 +69,6 @@ class ExpertTuner(BaseTuner):
             return
         layer = self._new_layer(self._views[current_key])
         self._update_layer(layer, adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

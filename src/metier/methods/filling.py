@@ -1,7 +1,8 @@
 """Options of PEFT's methods that follow from the model: sizes that must divide its widths, names, numbers of layers.
 
-Each function gets the model, the method's defaults and what the run says, and `target_parts`, the parts of the layers
-that the method goes on. What it gives stands in place of defaults; what the run says goes before both.
+Each function gets the model, the method's defaults and what the run says, `target_parts`, the parts of the layers
+that the method goes on, and `names_modules`, whether the run names modules instead. What it gives stands in place of
+defaults; what the run says goes before both.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ Options = Mapping[str, Any]
 
 def lora(model: PreTrainedModel, options: Options) -> dict[str, Any]:
     """Linear layers by their names, stacked experts by those of their parameters."""
-    parts = options["target_parts"]
     found: dict[str, Any] = {"target_modules": []}
+    parts = () if options["names_modules"] else options["target_parts"]
     linear = tuple(part for part in parts if part != "routed")
     if linear:
         found["target_modules"] = modules_of(model, linear)

@@ -51,8 +51,6 @@ def put_on(model: PreTrainedModel, config: RunConfig, batches: Iterable[Batch] =
     method = method_of(config.method)
     check_fits(method, model)
     made = adapter_config(model, config)
-    # PEFT writes what it has found in place of what it was given
-    names_modules = bool({"target_modules", "target_parameters"} & config.method_options.keys())
     parts = target_parts(method, config, model)
     if isinstance(made, SparseDeltaConfig) and made.needs_data:
         prepare(model, made, batches)
@@ -76,8 +74,8 @@ def put_on(model: PreTrainedModel, config: RunConfig, batches: Iterable[Batch] =
             f"{method.name}: PEFT cannot put it on {type(model).__name__}: {first_line(error)}"
         ) from error
     # a sparse delta takes the best entries of all parts, which may be none of one of them
-    wanted = () if isinstance(made, SparseDeltaConfig) else parts
-    check_coverage(wrapped, wanted, names_modules=names_modules, method=method.name)
+    wanted = () if isinstance(made, SparseDeltaConfig) or _names_modules(config) else parts
+    check_coverage(wrapped, wanted, names_modules="target_modules" in config.method_options, method=method.name)
     _refuse_stored_stacks(method, wrapped)
     if method.optimizer == "lora_fa":
         for name, parameter in wrapped.named_parameters():
@@ -148,7 +146,8 @@ def adapter_config(model: PreTrainedModel, config: RunConfig) -> peft.PeftConfig
     if method.fill is not None:
         module, _, name = method.fill.partition(":")
         fill = getattr(importlib.import_module(module), name)
-        options |= fill(model, {**options, **given, "target_parts": parts, "lora_r": config.lora_r})
+        of_run = {"target_parts": parts, "names_modules": _names_modules(config), "lora_r": config.lora_r}
+        options |= fill(model, {**options, **given, **of_run})
     if isinstance(options.get("target_modules"), list):
         options["target_modules"] = _in_layers(options["target_modules"], given.get("layers_to_transform"))
     options |= given
@@ -160,6 +159,11 @@ def adapter_config(model: PreTrainedModel, config: RunConfig) -> peft.PeftConfig
         raise
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{method.name}: {first_line(error)}") from error
+
+
+def _names_modules(config: RunConfig) -> bool:
+    """Whether the run names modules or parameters as PEFT has it, and not parts of the layers."""
+    return bool({"target_modules", "target_parameters"} & config.method_options.keys())
 
 
 def _in_layers(paths: list[str], layers: int | list[int] | None) -> list[str]:
