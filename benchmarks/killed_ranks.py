@@ -72,7 +72,7 @@ def one_kill(folder: Path, sharding: str, step: int, later: float, victim: int) 
     checkpoints, metrics = folder / name / "checkpoints", folder / name / "metrics.jsonl"
     if not wait_until(lambda: len(workers(run.pid)) == 2, run):
         return None
-    if step and not wait_until(lambda: metrics.exists() and max(losses(folder / name), default=0) >= step, run):
+    if step and not wait_until(lambda: metrics.exists() and num_steps(metrics) >= step, run):
         return None
     ends = time.monotonic() + (later if step else START_SECONDS * later)
     if not wait_until(lambda: time.monotonic() >= ends and len(workers(run.pid)) == 2, run):
@@ -100,6 +100,11 @@ def one_kill(folder: Path, sharding: str, step: int, later: float, victim: int) 
         "went_on_from_newest": newest is None or went_on_from(said) >= int(newest.rpartition("-")[2]),
         "loss": losses(folder / name)[STEPS]["loss"] if code == 0 else None,
     }
+
+
+def num_steps(metrics: Path) -> int:
+    """Steps that a run has logged, the last line perhaps not whole."""
+    return metrics.read_text().count('"loss"')
 
 
 def went_on_from(said: str) -> int:
@@ -146,7 +151,8 @@ def report(rows: list[dict]) -> str:
         "# Killed processes",
         "",
         "`python benchmarks/killed_ranks.py`: ESFT on a tiny Mixture-of-Experts model under torchrun, two processes,",
-        f"{STEPS} steps, a checkpoint every {SAVE_STEPS}; in each one process is killed (SIGKILL) at a random moment: within a second of a step drawn evenly.",
+        f"{STEPS} steps, a checkpoint every {SAVE_STEPS}; in each run one process is killed (SIGKILL) at a random",
+        "moment: within a second of a step drawn evenly.",
         "",
         f"- {len(rows)} kills, {sum(row['exit_code'] == 0 for row in rows)} runs that reached their end by themselves.",
         f"- Complete checkpoints that were lost: {sum(len(row['lost']) for row in rows)}; runs that went on from the "
