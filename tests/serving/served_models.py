@@ -66,7 +66,7 @@ def served(family: str = "deepseek_v2", **changes: object) -> Served:
     views = moe_layers(model)
     first = views[0]
     shapes = {name: tuple(getattr(first.experts, name).shape[1:]) for name in first.parameter_names()}
-    pool = RowPool(shapes, NUM_SLOTS, dtype=torch.float32)
+    pool = RowPool(shapes, NUM_SLOTS, dtype=torch.float32, is_transposed=first.is_transposed)
     layers = []
     for view in views:
         parent, _, name = view.path.rpartition(".")

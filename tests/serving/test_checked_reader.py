@@ -266,4 +266,4 @@ def test_threads_come_after_those_that_compute_answers(reader: CheckedReader) ->
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
     asked = [reader._threads.submit(niceness) for _ in range(4)]
-    assert [each.result() for each in asked] == [min(19, niceness() + 10)] * 4
+    assert [each.result() for each in asked] == [min(19, niceness() + 4)] * 4

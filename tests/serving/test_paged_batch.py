@@ -116,6 +116,22 @@ def test_a_prefix_is_found_again_for_its_own_delta_alone() -> None:
     assert cached == {0: 128, 1: 128, 2: 0}
 
 
+def test_a_request_that_breaks_does_not_reach_those_that_get_its_place_in_the_cache() -> None:
+    found = with_deltas("deepseek_v2")
+    keys = found.layers[0].view.path.replace("mlp.experts", "self_attn.kv_b_proj")
+    limits = BatchLimits(max_requests=16, max_batch_tokens=64, cache_tokens=512)
+    with running_batch(found.model, limits) as batch:
+        # what the model makes of one prompt is infinite in the cache
+        hook = found.model.get_submodule(keys).register_forward_hook(lambda *args: args[2] * float("inf"))
+        batch.add(LONG[:20], max_tokens=3)
+        batch.answers(1)
+        hook.remove()
+        asked = {batch.add(prompt, 1).request_id: prompt for prompt in PROMPTS}
+        answers = batch.answers(len(asked))
+    for request_id, prompt in asked.items():
+        assert answers[request_id] == greedy(found.merged[1], prompt), prompt
+
+
 def test_a_full_cache_makes_requests_wait_and_loses_none() -> None:
     found = with_deltas("olmoe")
     limits = BatchLimits(max_requests=16, max_batch_tokens=64, cache_tokens=512)

@@ -29,9 +29,10 @@ from metier.errors import CorruptDeltaError, DeltaError
 
 _PIECE_BYTES = 1 << 20
 _NUM_THREADS = 2
-_NICENESS = 10
-"""A tenth of a step's share of a processor that both want. With less, a reader that holds Python's lock would keep the
-step waiting until other processes let it go on."""
+_NICENESS = 4
+"""Four tenths of a step's share of a processor that both want: the 80 ms that 100 MB take of a processor are there in
+less than 150 where steps want all of two, and a step is held up by less than half of its time. With a tenth (10), a
+reader that holds Python's lock would keep the step waiting longer than that until other processes let it go on."""
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 Rows = Tensor | Sequence[Tensor]
 """Where a stored tensor goes: to one of its shape, or to one for each index of its first axis, in any float dtype."""

@@ -160,10 +160,10 @@ class DeltaStore:
         setattr(self._model.get_submodule(parent), name, module)
 
 
-def _shapes(layer: MoELayer) -> tuple[tuple[str, tuple[int, ...], torch.dtype, torch.device], ...]:
+def _shapes(layer: MoELayer) -> tuple[tuple[str, tuple[int, ...], torch.dtype, torch.device, bool], ...]:
     """What two layers have to agree in for their experts to share a pool."""
     parameters = {name: getattr(layer.experts, name) for name in layer.parameter_names()}
-    return tuple((name, tuple(p.shape[1:]), p.dtype, p.device) for name, p in parameters.items())
+    return tuple((name, tuple(p.shape[1:]), p.dtype, p.device, layer.is_transposed) for name, p in parameters.items())
 
 
 def _pools(layers: Sequence[MoELayer], accelerator_bytes: int) -> dict[object, RowPool]:
@@ -176,10 +176,11 @@ def _pools(layers: Sequence[MoELayer], accelerator_bytes: int) -> dict[object, R
         key = _shapes(layer)
         if key in pools:
             continue
-        shapes = {name: shape for name, shape, _, _ in key}
-        (_, _, dtype, device), *_ = key
+        shapes = {name: shape for name, shape, *_ in key}
+        (_, _, dtype, device, is_transposed), *_ = key
         slot_bytes = RowPool(shapes, 0, dtype=dtype).slot_bytes
         # slots that nobody wrote take no memory on a CPU
         budget = accelerator_bytes if device.type == "cpu" else accelerator_bytes * counts[key] // len(layers)
-        pools[key] = RowPool(shapes, budget // slot_bytes, dtype=dtype, device=device)
+        num_slots = budget // slot_bytes
+        pools[key] = RowPool(shapes, num_slots, dtype=dtype, device=device, is_transposed=is_transposed)
     return pools

@@ -16,6 +16,7 @@ from metier.methods.grouped import grouped_matmul, grouped_repeat
 from metier.methods.low_rank import LowRankBank, low_rank_experts
 from metier.methods.pairs import PairOrder, block_rows, order_pairs, segments, token_chunks
 from metier.models.moe import MoELayer
+from metier.serving.few_rows import Projection, by_inputs, few_rows_experts
 from metier.serving.row_pool import RowPool
 from metier.serving.step import Step, current_step
 
@@ -33,6 +34,10 @@ class ServedExperts(nn.Module):
     def __init__(self, view: MoELayer, pool: RowPool, most_deltas: int) -> None:
         super().__init__()
         self.base_layer, self.view, self.pool = view.experts, view, pool
+        if pool.is_by_inputs and not view.is_transposed:
+            for name in (view.parameter_names()[0], "down_proj"):
+                parameter = getattr(view.experts, name)
+                parameter.data = by_inputs(parameter.data)
         self.device = getattr(view.experts, view.parameter_names()[0]).device
         self.slot_NE = torch.full((most_deltas + 1, view.num_experts), ON_BASE, dtype=torch.int32, device=self.device)
         self.low_rank: dict[int, LowRankBank] = {}
@@ -43,6 +48,7 @@ class ServedExperts(nn.Module):
             view.experts.get_submodule("post_expert_norm") if view.has_post_expert_norm else None,
         )
         self._slots, self._up_name = _bank(pool.tensors), view.parameter_names()[0]
+        self._projections = _projections(self._layer, self._slots) if pool.is_by_inputs else None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -62,6 +68,8 @@ class ServedExperts(nn.Module):
     ) -> Tensor:
         """Deltas that replace experts, and the base."""
         slot_TK = self.slot_NE[number_T.unsqueeze(-1), ids_TK] if numbers else None
+        if self._projections is not None:
+            return self._by_rows(slot_TK, hidden_TD, ids_TK, weights_TK)
         if slot_TK is None or not (is_own_TK := slot_TK >= 0).any():
             out_TD: Tensor = self.base_layer(hidden_TD, ids_TK, weights_TK)
             return out_TD
@@ -79,6 +87,16 @@ class ServedExperts(nn.Module):
         bank_forward(self._layer, self._layer.base, base, order, inputs_TD, out_PD, keeps=False)
         self._slots_forward(slots, own, order, inputs_TD, out_PD)
         return _summed(out_PD, order, weights_TK, hidden_TD)
+
+    def _by_rows(self, slot_TK: Tensor | None, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The same where experts are small."""
+        assert self._projections is not None, "asked for where they are"
+        up, down = self._projections
+        chosen_TK = ids_TK if slot_TK is None else torch.where(slot_TK >= 0, slot_TK + self.view.num_experts, ids_TK)
+        norm = self._layer.output_norm
+        return few_rows_experts(
+            hidden_TD, chosen_TK, weights_TK, up=up, down=down, activation=self._layer.activation, output_norm=norm
+        )
 
     def _slots_forward(
         self, slots: Sequence[int], bounds: tuple[int, ...], order: PairOrder, inputs_TD: Tensor, out_PD: Tensor
@@ -137,6 +155,14 @@ class ServedExperts(nn.Module):
 def _bank(tensors: dict[str, Tensor]) -> ExpertBank:
     up = "gate_up_proj" if "gate_up_proj" in tensors else "up_proj"
     return ExpertBank(tensors[up], tensors["down_proj"], tensors.get(f"{up}_bias"), tensors.get("down_proj_bias"))
+
+
+def _projections(layer: ExpertsLayer, slots: ExpertBank) -> tuple[Projection, Projection]:
+    """Up and down, of the base and of the slots, seen as (inputs, outputs)."""
+    base, t = layer.base, layer.is_transposed
+    up = (base.up, slots.up) if t else (base.up.mT, slots.up.mT)
+    down = (base.down, slots.down) if t else (base.down.mT, slots.down.mT)
+    return Projection(*up, base.up_bias, slots.up_bias), Projection(*down, base.down_bias, slots.down_bias)
 
 
 def _summed(out_PD: Tensor, order: PairOrder, weights_TK: Tensor, hidden_TD: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from metier.serving.block_attention import attend_blocks
+
 NAME = "metier_paged"
 """As `model.set_attn_implementation` knows it."""
 
@@ -43,12 +45,18 @@ def paged_attention(
 
     Without `cache` each row of the batch is a whole sequence, unpadded.
     """
-    if cache is None:
-        keys_and_values = [(key, value)]
-    else:
-        keys_and_values = cache.store(key, value, layer_idx=module.layer_idx, kwargs=kwargs)
-    sizes = [query.shape[2]] if cache is None else kwargs["cu_seq_lens_q"].diff().tolist()
     sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
+    if cache is None:
+        keys_and_values, sizes = [(key, value)], [query.shape[2]]
+    else:
+        is_plain = softcap is None and sinks is None and not sliding_window
+        if is_plain and query.shape[2] == len(kwargs["cu_seq_lens_q"]) - 1:
+            found = cache.store_each(key, value, layer_idx=module.layer_idx, kwargs=kwargs)
+            if found is not None:
+                out_RHD = attend_blocks(query.squeeze(0).transpose(0, 1), *found, scaling=scaling)
+                return out_RHD[..., : value.shape[-1]].unsqueeze(0).contiguous(), None
+        keys_and_values = cache.store(key, value, layer_idx=module.layer_idx, kwargs=kwargs)
+        sizes = kwargs["cu_seq_lens_q"].diff().tolist()
     out = [
         _attend(own, k, v, scaling, sliding_window, softcap, sinks)
         for own, (k, v) in zip(query.split(sizes, 2), keys_and_values, strict=True)

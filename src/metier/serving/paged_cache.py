@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate, islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.cache_allocators import FULL_ATTENTION
+
+from metier.serving.block_attention import BlockPlan, plan_blocks
 
 _TOKEN_BITS = 20
 """A vocabulary has fewer than a million entries; the bits above are free in what the cache compares."""
@@ -50,6 +53,9 @@ class DeltaCache(PagedAttentionCache):
     on_match: Callable[[str, int], None]
     """Is told how many tokens of a request's prompt were found."""
     _last_spans: tuple[Tensor, list[Callable[[Tensor], Tensor]]] | None = None
+    _last_plan: tuple[Tensor, BlockPlan] | None = None
+    _is_finite = True
+    """Whether all keys and values were that were ever kept."""
 
     def share_held(self) -> float:
         """Of the blocks, those that requests hold; not those of prefixes that are kept for later."""
@@ -73,6 +79,7 @@ class DeltaCache(PagedAttentionCache):
         super().mark_complete_blocks(seen, complete_blocks)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]) -> Any:
+        self._note_finite(key_states, value_states)
         keys, values = super().update(key_states, _padded(value_states, key_states), layer_idx, kwargs)
         return keys, values[..., : value_states.shape[-1]]
 
@@ -95,15 +102,47 @@ class DeltaCache(PagedAttentionCache):
             sizes = ends.diff().tolist()
             both = self.update(key_states, value_states, layer_idx, kwargs)
             return list(zip(*(states.split(sizes, 2) for states in both), strict=True))
-        kept = allocator._kv_token_views[layer_idx]
-        write_index = kwargs["write_index"][allocator.index]
-        for cached, states in zip(kept, (key_states, _padded(value_states, key_states)), strict=True):
-            cached.index_copy_(0, write_index, states.squeeze(0).transpose(0, 1))
+        kept = self._keep(key_states, value_states, allocator, layer_idx, kwargs)
         spans = self._spans(read_index, ends, allocator.tokens_per_page)
         return [
             (of_keys.transpose(0, 1).unsqueeze(0), of_values.transpose(0, 1).unsqueeze(0)[..., :size])
             for of_keys, of_values in ([span(cached) for cached in kept] for span in spans)
         ]
+
+    def store_each(
+        self, key_states: Tensor, value_states: Tensor, *, layer_idx: int, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, BlockPlan] | None:
+        """Keep the new keys and values of a step in which each request adds one token, where that can be attended to
+        block by block: (tokens, G, D) of the layer's whole cache twice, and where the requests' blocks lie in it.
+
+        Returns:
+            None where it cannot; then nothing is kept.
+        """
+        allocator = self.layer_to_allocator[layer_idx]
+        read_index = kwargs["read_index"][allocator.index]
+        if allocator.layer_type != FULL_ATTENTION or not len(read_index) or not self._is_finite:
+            return None
+        kept = self._keep(key_states, value_states, allocator, layer_idx, kwargs)
+        if self._last_plan is None or self._last_plan[0] is not read_index:
+            sizes = kwargs["cu_seq_lens_k"][allocator.layer_type].diff().tolist()
+            plan = _plan(read_index, sizes, allocator.tokens_per_page, allocator.block_physical_stride)
+            self._last_plan = read_index, plan
+        return *kept, self._last_plan[1]
+
+    def _keep(
+        self, key_states: Tensor, value_states: Tensor, allocator: Any, layer_idx: int, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values of a step to their places; the layer's keys and values, (tokens, G, D)."""
+        kept: tuple[Tensor, Tensor] = allocator._kv_token_views[layer_idx]
+        write_index = kwargs["write_index"][allocator.index]
+        for cached, states in zip(kept, (key_states, _padded(value_states, key_states)), strict=True):
+            cached.index_copy_(0, write_index, states.squeeze(0).transpose(0, 1))
+        self._note_finite(key_states, value_states)
+        return kept
+
+    def _note_finite(self, key_states: Tensor, value_states: Tensor) -> None:
+        # what is masked weighs nothing, but nothing times infinity is not a number
+        self._is_finite = self._is_finite and bool((key_states.sum() + value_states.sum()).isfinite())
 
     def _spans(self, read_index: Tensor, ends: Tensor, block_tokens: int) -> list[Callable[[Tensor], Tensor]]:
         """For each request how to get its tokens, in order, of a layer's cache; the same for all layers of a step."""
@@ -119,6 +158,17 @@ class DeltaCache(PagedAttentionCache):
             self._last_spans = read_index, spans
             return spans
         return self._last_spans[1]
+
+
+def _plan(read_index: Tensor, sizes: list[int], block_tokens: int, stride: int) -> BlockPlan:
+    """Where the blocks of requests of these sizes lie."""
+    num_blocks = [-(-size // block_tokens) for size in sizes]
+    begins = accumulate(sizes, initial=0)
+    places = [begin + i * block_tokens for begin, num in zip(begins, num_blocks, strict=False) for i in range(num)]
+    firsts = iter(read_index[torch.tensor(places)].tolist())
+    return plan_blocks(
+        [list(islice(firsts, num)) for num in num_blocks], sizes, block_tokens=block_tokens, stride=stride
+    )
 
 
 def _padded(value_states: Tensor, key_states: Tensor) -> Tensor:

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from metier.errors import ServingError
+from metier.serving.few_rows import are_small, empty_by_inputs
 
 
 class RowPool:
     """`num_slots` experts of one shape; thread-safe.
 
     Attributes:
-        tensors: by the base parameter's name, (num_slots, …) in the layout of the base's stacked parameter.
+        tensors: by the base parameter's name, (num_slots, …) in the shape of the base's stacked parameter.
+        is_by_inputs: whether experts are small, and their matrices lie input by input (`few_rows.py`).
     """
 
     def __init__(
@@ -30,15 +32,21 @@ class RowPool:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        is_transposed: bool = False,
     ) -> None:
         """Args:
         shapes: of one expert's parameters, by name.
         num_slots: on a CPU only slots that were written take memory.
+        is_transposed: matrices are (inputs, outputs), else (outputs, inputs).
         """
         self.slot_bytes = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
         self.num_slots = num_slots
+        self.is_by_inputs = are_small(list(shapes.values()), dtype, torch.device(device))
         self.tensors = {
-            name: torch.empty(num_slots, *shape, dtype=dtype, device=device) for name, shape in shapes.items()
+            name: empty_by_inputs((num_slots, *shape))
+            if self.is_by_inputs and len(shape) == 2 and not is_transposed
+            else torch.empty(num_slots, *shape, dtype=dtype, device=device)
+            for name, shape in shapes.items()
         }
         # made when first used, as there may be many more slots than are ever taken
         self._matrices: dict[tuple[str, bool, int], Tensor] = {}
