@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from metier.distributed.ranks import ranks_here
-from metier.errors import ConfigError, RunError
+from metier.errors import RunError
 from metier.memory.step_gradients import StepGradients, step_gradients_of
 from metier.methods.meft.layer import MeftLayer
 
@@ -28,7 +28,6 @@ def keep_replicas(trainer: Trainer) -> None:
     """Have a sparse adapter's rows and routers be the same in all processes, before the first step and after each.
 
     Raises:
-        ConfigError: the rows are on disk, in files that the processes would share.
         RunError: they differ already.
     """
     layers = {path: module for path, module in trainer.model.named_modules() if isinstance(module, MeftLayer)}
@@ -36,11 +35,6 @@ def keep_replicas(trainer: Trainer) -> None:
         return
     for layer in layers.values():
         for store in layer.stores.values():
-            if store.tier == "disk":
-                raise ConfigError(
-                    "meft_store: rows on disk belong to one process, and there are several. Use host, of which each "
-                    "process has a replica."
-                )
             _check_same(store.rows_NMWD, store.name)
     parts = ("meft_gradients", "meft_router") if trainer.is_fsdp_enabled else ("meft_gradients",)
     held = [getattr(layer, part) for layer in layers.values() for part in parts]
