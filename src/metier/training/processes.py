@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from transformers import Trainer
 
@@ -72,11 +72,13 @@ def check_world(checkpoint: Path, config: RunConfig, ranks: Ranks) -> None:
 def shard_on_cpus(trainer: Trainer) -> None:
     """Have accelerate shard on CPUs too: it does so on accelerators alone, and torch on both."""
     state = trainer.accelerator.state
-    if state.distributed_type != DistributedType.MULTI_CPU:
+    if trainer.accelerator.device.type != "cpu":
         return
     arguments = trainer.args.fsdp_plugin_args
     state.fsdp_plugin = FullyShardedDataParallelPlugin(**(arguments or {}))
     state.distributed_type = DistributedType.FSDP
+    # of which every later look at the state takes it again: without, gradients would be sent after every batch of a step
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     trainer.is_fsdp_enabled = True
 
 
