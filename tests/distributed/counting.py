@@ -8,6 +8,7 @@ Bytes of torch's own collectives, as they are called: those of shards by FSDP2, 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -32,10 +33,19 @@ SENT: Counter[str] = Counter()
 """Bytes of whole tensors, in all steps, that a collective gathers, scatters or sums up."""
 HELD: Counter[str] = Counter()
 """Bytes that this process holds when a step ends."""
+DONE: dict[str, int] = {}
+"""What was sent until training was over; tensors are made whole after it, once."""
 
 
 class CountHeld(TrainerCallback):
     """Adds up gradients before a step and the optimizer's state after it."""
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        SENT.clear()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        DONE.clear()
+        DONE.update(SENT)
 
     def on_pre_optimizer_step(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
         HELD["gradients"] = sum(_storage(p.grad) for p in model.parameters() if p.grad is not None)
@@ -65,6 +75,14 @@ def _storage(tensor: torch.Tensor) -> int:
     return local.numel() * local.element_size()
 
 
+def _whole_bytes(tensor: DTensor, **_: Any) -> int:
+    """Of a sharded tensor that is gathered, padding included; a sum of single numbers does not count."""
+    if not any(placement.is_shard() for placement in tensor.placements):
+        return 0
+    size = dist.get_world_size()
+    return size * -(-tensor.shape[0] // size) * math.prod(tensor.shape[1:]) * tensor.element_size()
+
+
 def _count(module: Any, name: str, collective: str, size_of: Any) -> None:
     plain = getattr(module, name)
 
@@ -87,6 +105,8 @@ def watch() -> None:
         fsdp.DefaultReduceScatter, "__call__", "reduce-scatter",
         lambda _, output_tensor, input_tensor, *a, **k: input_tensor.nbytes,
     )  # fmt: skip
+    # TRL's output layer reads a weight without calling its module
+    _count(DTensor, "full_tensor", "all-gather", _whole_bytes)
     _count(step_gradients, "summed", "all-reduce", lambda tensor: tensor.nbytes)
     # its own name for torch.distributed, so that nobody else's calls are counted
 
@@ -118,11 +138,10 @@ def main(out: Path, paths: list[str], options: list[str]) -> None:
     ranks = join_ranks()
     found = {}
     for path in paths:
-        SENT.clear()
         HELD.clear()
         config = load_run_config(path, options)
         train(config)
-        found[Path(path).stem] = {"sent": {k: v / config.max_steps for k, v in SENT.items()}, "held": dict(HELD)}
+        found[Path(path).stem] = {"sent": {k: v / config.max_steps for k, v in DONE.items()}, "held": dict(HELD)}
         wait_for_all()
     if ranks.is_main:
         out.write_text(json.dumps(found, indent=2))

@@ -31,6 +31,7 @@ WORLD = "world.json"
 """In a checkpoint: how many processes made it, and how many records a step of theirs has."""
 _EMPTY_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
+
 def load_everywhere(config: RunConfig) -> str | None:
     """Have every process load the weights, whatever the launcher's configuration says; what was changed, in words.
 
@@ -77,7 +78,7 @@ def shard_on_cpus(trainer: Trainer) -> None:
     arguments = trainer.args.fsdp_plugin_args
     state.fsdp_plugin = FullyShardedDataParallelPlugin(**(arguments or {}))
     state.distributed_type = DistributedType.FSDP
-    # of which every later look at the state takes it again: without, gradients would be sent after every batch of a step
+    # every later look at the state takes it from there; without, gradients would be sent after each batch of a step
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     trainer.is_fsdp_enabled = True
 
