@@ -51,12 +51,9 @@ class CountHeld(TrainerCallback):
         HELD["gradients"] = sum(_storage(p.grad) for p in model.parameters() if p.grad is not None)
 
     def on_substep_end(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
-        HELD["gradients between batches"] = sum(
-            _storage(p._unsharded_param.grad)
-            for module in model.modules()
-            for p in _shards(module)
-            if getattr(p, "_unsharded_param", None) is not None and p._unsharded_param.grad is not None
-        )
+        whole = (getattr(part, "_unsharded_param", None) for part in _parts(model))
+        grads = [parameter.grad for parameter in whole if parameter is not None and parameter.grad is not None]
+        HELD["gradients between batches"] = sum(map(_storage, grads))
 
     def on_step_end(self, *_: Any, optimizer: Any, **__: Any) -> None:
         states = optimizer.state.values()
@@ -65,9 +62,10 @@ class CountHeld(TrainerCallback):
         )
 
 
-def _shards(module: torch.nn.Module) -> list[Any]:
-    state = getattr(module, "_get_fsdp_state", None)
-    return [] if state is None else [p for group in state()._fsdp_param_groups for p in group.fsdp_params]
+def _parts(model: torch.nn.Module) -> list[Any]:
+    """What FSDP2 keeps of each sharded parameter; modules that are gathered together have it in common."""
+    states = {id(state): state for m in model.modules() if (state := getattr(m, "_get_fsdp_state", lambda: None)())}
+    return [part for state in states.values() for group in state._fsdp_param_groups for part in group.fsdp_params]
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -169,10 +169,11 @@ def _in_several(plan: Plan) -> Iterable[Text]:
     if link is None:
         yield Text("Seconds of sending are not known. Name what is sent over: --link nvlink4,infiniband-ndr.")
         return
+    nodes = f"{plan.world.devices_per_node} processes a machine"
     yield Text(
-        f"Sending is by the maker's figures of {link.name}, the slowest link of the ring "
-        f"({plan.world.devices_per_node} processes a machine), of which {REACHED_BANDWIDTH:.0%} are taken to be reached; it was not measured. "
-        "What of it is hidden behind computing is not known.",
+        f"Sending is by the maker's figures of {link.name}, the slowest link of the ring ({nodes}), of which "
+        f"{REACHED_BANDWIDTH:.0%} are taken to be reached; it was not measured. What of it is hidden behind computing "
+        "is not known.",
         style="yellow",
     )
 
