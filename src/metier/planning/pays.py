@@ -1,9 +1,9 @@
-"""From how many processes on a run fits, with copies of the weights and with shards, and whether sharding pays."""
+"""On how many processes a run fits, with copies of the weights and with shards, and whether sharding pays."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,42 +17,51 @@ from metier.planning.sharding import DDP, FSDP2, RankEstimator
 from metier.planning.spelling import size
 
 SIZES = tuple(1 << power for power in range(11))
-"""Numbers of processes that are looked at."""
+"""Numbers of processes that are looked at, beside the one that is planned for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pays:
-    """Where a run fits, of `SIZES`."""
+    """Where a run fits, of the numbers that were looked at."""
 
     method: str
     fits_alone: bool
-    first: dict[str, int | None]
-    """By way, the least number above 1 that fits."""
-    least_bytes: int
-    """Of one of the most processes, sharded."""
+    looked_at: dict[str, tuple[int, ...]]
+    """By way, numbers above 1 into which its batches can be parted."""
+    fits: dict[str, tuple[int, ...]]
+    """By way, those of them on which it fits."""
+    least: tuple[int, int]
+    """Of the sharded ones the number on which a process takes least, and how much."""
     here: tuple[Estimate, Estimate] | None
     """As planned, with copies and with shards, where both fit."""
 
     def __str__(self) -> str:
-        copied, sharded = self.first[DDP], self.first[FSDP2]
-        if copied is None and sharded is None:
-            alone = "fits in one process, and " if self.fits_alone else "fits "
-            return (
-                f"{self.method}: {alone}on no number of them from 2 to {SIZES[-1]:,}, sharded or not: of {SIZES[-1]:,} "
-                f"sharded ones each takes {size(self.least_bytes)}, most of which is not parted."
-            )
-        if copied is None:
-            alone = "One process fits, for it has no buckets; " if self.fits_alone else ""
-            return f"{self.method}: {alone}DDP fits on no number of them; FSDP2 fits from {sharded:,} on."
-        if self.here is None:
-            return f"{self.method}: DDP fits from {copied:,} on" + (
-                "." if sharded is None else f", FSDP2 from {sharded:,}."
-            )
-        return f"{self.method}: {_price(*self.here)}"
+        if self.here is not None:
+            return f"{self.method}: {_price(*self.here)}"
+        copied, sharded = self._where(DDP), self._where(FSDP2)
+        alone = "One process fits, for it has no buckets; in several, " if self.fits_alone and not copied else ""
+        if copied:
+            return f"{self.method}: DDP fits {copied}, FSDP2 {sharded or 'on none of them'}."
+        if sharded:
+            return f"{self.method}: {alone}DDP fits on no number of them; FSDP2 fits {sharded}."
+        number, least = self.least
+        return (
+            f"{self.method}: {alone}it fits on no number up to {max(self.looked_at[FSDP2]):,}, sharded or not. Sharded "
+            f"over {number:,}, where they take least, each takes {size(least)}."
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"fits_alone": self.fits_alone, "ddp_from": self.first[DDP], "fsdp2_from": self.first[FSDP2]}
+        return {"fits_alone": self.fits_alone, "ddp": list(self.fits[DDP]), "fsdp2": list(self.fits[FSDP2])}
+
+    def _where(self, way: str) -> str:
+        """In words; "" for nowhere. More processes may take more, for what cannot be parted further is padded."""
+        fits, larger = self.fits[way], self.looked_at[way]
+        if not fits:
+            return ""
+        if fits == tuple(number for number in larger if number >= fits[0]):
+            return f"from {fits[0]:,} on"
+        return f"on {', '.join(f'{number:,}' for number in fits)}"
 
 
 def where_sharding_pays(
@@ -78,24 +87,34 @@ def where_sharding_pays(
             if estimate.trace is None:
                 return None
             found[way, number] = estimate
-    sharded = [number for way, number in found if way == FSDP2]
-    if not sharded:
+    looked_at = {way: _numbers(way, found) for way in (DDP, FSDP2)}
+    if not looked_at[FSDP2]:
         return None
-    fitting = {key for key, estimate in found.items() if budget_of(key[1]).fits(estimate)}
-    first = {way: min((n for w, n in fitting if w == way and n > 1), default=None) for way in (DDP, FSDP2)}
-    both = {(DDP, world_size), (FSDP2, world_size)} <= fitting
-    here = (found[DDP, world_size], found[FSDP2, world_size]) if both else None
-    least = found[FSDP2, max(sharded)].total_device_bytes
-    return Pays(config.method, (DDP, 1) in fitting, first, least, here)
+    fitting = [key for key, estimate in found.items() if budget_of(key[1]).fits(estimate)]
+    fits = {way: _numbers(way, fitting) for way in (DDP, FSDP2)}
+    here = None
+    if world_size in fits[DDP] and world_size in fits[FSDP2]:
+        here = (found[DDP, world_size], found[FSDP2, world_size])
+    totals = {number: found[FSDP2, number].total_device_bytes for number in looked_at[FSDP2]}
+    least = min(totals, key=lambda number: totals[number])
+    return Pays(config.method, (DDP, 1) in fitting, looked_at, fits, (least, totals[least]), here)
+
+
+def _numbers(way: str, keys: Sequence[tuple[str, int]] | dict[tuple[str, int], Estimate]) -> tuple[int, ...]:
+    return tuple(number for other, number in keys if other == way and number > 1)
 
 
 def _price(copied: Estimate, sharded: Estimate) -> str:
     """Of sharding, where it is not needed."""
     assert copied.on_rank is not None, "of one process of several"
     assert sharded.on_rank is not None, "of one process of several"
-    more, less = sharded.on_rank.sent_bytes, copied.on_rank.sent_bytes
+    more = sharded.on_rank.sent_bytes > copied.on_rank.sent_bytes
     saved = copied.total_device_bytes - sharded.total_device_bytes
-    said = f"both fit. DDP sends {size(less)} a step from each, FSDP2 {size(more)}"
-    if saved <= 0:
-        return f"{said} and takes {size(-saved)} more of each: sharding does not pay."
-    return f"{said} for {size(saved)} less in each: sharding pays only where that memory is needed."
+    sent = [size(each.on_rank.sent_bytes) for each in (copied, sharded) if each.on_rank is not None]
+    taken = f"{size(abs(saved))} {'less' if saved > 0 else 'more'} of each"
+    said = f"both fit. DDP sends {sent[0]} a step from each, FSDP2 {sent[1]}, and FSDP2 takes {taken}"
+    if more and saved > 0:
+        return f"{said}: sharding pays only where that memory is needed."
+    if not more and saved <= 0:
+        return f"{said}: it saves sending alone."
+    return f"{said}: sharding {'does not pay' if more else 'pays'}."
