@@ -18,7 +18,7 @@ from metier.planning.estimate import Estimate, Estimator
 from metier.planning.fit import Budget, changed
 from metier.planning.links import World, links_of
 from metier.planning.pays import where_sharding_pays
-from metier.planning.sharding import RankEstimator
+from metier.planning.sharding import GATHERED, RankEstimator
 from metier.planning.spelling import count, duration, size
 
 ROOT = Path(__file__).parents[1]
@@ -30,9 +30,10 @@ COMMON = {
     "model": "-", "dataset": "-", "output_dir": "-", "dtype": "bfloat16", "bf16": True, "max_length": 4096,
     "per_device_train_batch_size": 1, "gradient_checkpointing": True,
 }  # fmt: skip
+LORA = "LoRA on attention, rank 8"
 RUNS = {
     "ESFT, a tenth of the experts": RunConfig(method="esft", select_top_fraction=0.1, **COMMON),
-    "LoRA on attention, rank 8": RunConfig(method="lora", targets="attention", **COMMON),
+    LORA: RunConfig(method="lora", targets="attention", **COMMON),
     "full fine-tuning": RunConfig(method="full", **COMMON),
 }
 WAYS = {"DDP": False, "FSDP2": True}
@@ -60,17 +61,17 @@ TAIL = """## What the figures say
 
 - **Copies do not fit, whatever their number.** With DDP each process has the whole model; more of them change nothing.
 - **Shards stop at a parameter's first axis.** FSDP2 divides each parameter along it and pads. ESFT's delta bank of a
-  layer has one slice for each trained expert (13 in Qwen3-235B-A22B, 26 in DeepSeek-V3), a LoRA of rank 8 has eight, the
-  base's banks 128 and 256. Beyond that many processes nothing is gained: 64 hold one expert of 13 or padding, and what is
-  gathered and reduced is padded too, so that more processes take and send *more*. torch can shard another axis
-  (`shard_placement_fn`); accelerate does not ask it to.
+  layer has one slice for each trained expert (13 in Qwen3-235B-A22B, 26 in DeepSeek-V3), a LoRA of rank 8 has eight,
+  the base's banks 128 and 256. More processes than that gain nothing: 64 hold one expert of 13 or padding. What is
+  gathered and reduced is padded too, so that each sends *more*. torch can shard another axis (`shard_placement_fn`);
+  accelerate does not ask it to.
 - **Two layers are gathered at a time,** the one in use and the next, whatever the number of processes. In DeepSeek-V3
-  that alone is about half of an H100: sharding over more processes does not help, dividing the experts would.
-- **Frozen weights are most of what is sent,** twice a batch, trained or not: so LoRA on attention sends half to
-  nine tenths of what ESFT does. Several batches a step gather again for each of them, and keep gradients whole in each process until
-  the last one: all of ESFT's delta banks.
-- **The link between machines decides.** From 16 on the ring goes over InfiniBand, a ninth as fast, and sending takes most
-  of a minute or more. A ring within machines and one between them (HSDP) is not planned for.
+  they are, with what stays gathered, {gathered} in each process: more processes do not help, dividing a layer would.
+- **Frozen weights are most of what is sent,** twice a batch, trained or not: LoRA on attention, which trains a
+  hundredth of a percent, sends six to nine tenths of what ESFT does. Several batches a step gather again for each of
+  them, and gradients stay whole in each process until the last one: all of ESFT's delta banks.
+- **The link between machines decides.** From 16 on the ring goes over InfiniBand, a ninth as fast as NVLink. A ring
+  within machines with another between them (HSDP) is not planned for.
 - Loading is not in the tables: each process reads the whole model into its host's memory first
   ([scale.md](scale.md)); of DeepSeek-V3 that is {base} in each of eight processes of a machine.
 """
@@ -136,11 +137,12 @@ def page() -> str:
     device = device_of(DEVICE)
     budget = Budget(device.memory_bytes, 1 << 50)
     lines = [HEAD.format(memory=size(device.memory_bytes))]
-    base = 0
+    base = gathered = 0
     for name, estimator in estimators():
         lines += section(name, estimator, budget)
-        base = estimator(RUNS["LoRA on attention, rank 8"]).state.base_bytes
-    return "\n".join(lines) + "\n" + TAIL.format(base=size(base))
+        largest = RankEstimator(estimator, NUMBERS[-1])(changed(RUNS[LORA], {"fsdp": True}))
+        base, gathered = largest.state.base_bytes, largest.device_bytes[GATHERED]
+    return "\n".join(lines) + "\n" + TAIL.format(base=size(base), gathered=size(gathered))
 
 
 if __name__ == "__main__":

@@ -324,6 +324,28 @@ def test_what_a_run_in_so_many_processes_refuses_is_refused_in_its_words(base: P
     assert parting == dict.fromkeys(("ddp", "fsdp2"), str(raised.value))
 
 
+def test_what_makes_shards_fit_is_no_store_of_the_base(base: Path) -> None:
+    run = _run(base, per_device_train_batch_size=8, max_length=512)
+    need = [row.estimate.total_device_bytes for row in plan(run, world=World(2)).rows if row.estimate is not None]
+    made = plan(run, device_memory=str(min(need) // 2), host_memory="8GiB", world=World(2))
+    copied, sharded = made.rows
+    assert copied.change is not None
+    assert sharded.change is not None
+    assert copied.verdict == sharded.verdict == "no"
+    assert not sharded.change.keys.keys() & {"base_store", "base_format"}
+    assert sharded.change.estimate.on_rank is not None
+    assert f"esft fsdp2 fits with {sharded.change}" in " ".join(_table(made).split())
+
+
+def test_tied_embeddings_are_one_unit_with_the_output_layer() -> None:
+    config = tiny_model("llama").config
+    for tied in (False, True):
+        config.tie_word_embeddings = tied
+        run = _run(method="full", select_top_k=None)
+        names = [unit.name for unit in Estimator(config)(run).units]
+        assert names == [*([] if tied else ["embeddings"]), "layer 0", "layer 1", "layer 2", "norm and output layer"]
+
+
 def test_processes_of_a_machine_share_its_memory(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from metier.planning import budget
 

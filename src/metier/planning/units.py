@@ -112,7 +112,8 @@ def units_of(model: nn.Module, *, bf16: bool, checkpointing: bool) -> tuple[Unit
         return Unit(name, tuple(parts), stays, layer)
 
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    tied = head is not None and head.weight is embeddings.weight
+    weights = [getattr(module, "weight", None) for module in (embeddings, head)]
+    tied = weights[0] is not None and weights[0] is weights[1]
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     of_layers = [unit(f"layer {number}", [layer], layer=number) for number, layer in enumerate(layers)]
