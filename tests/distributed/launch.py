@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-SECONDS = 900
+SECONDS = 300
 """A launch ends within them, or is a hang."""
 
 

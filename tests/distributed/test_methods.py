@@ -34,7 +34,7 @@ DENSE: dict[str, dict[str, object]] = {
 }
 COPIES: dict[str, dict[str, object]] = {
     "esft_host": {"method": "esft", "base_store": "host", "select_top_k": 3},
-    "lora_int8": {"method": "lora", "base_format": "int8"},
+    "lora_int8": {"method": "lora", "targets": "attention", "base_format": "int8"},
     "esft_without_padding": {"method": "esft", "padding_free": True, "select_top_k": 3},
 }
 """What goes with copies of the weights alone."""

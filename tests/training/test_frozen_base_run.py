@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from metier.config import RunConfig
-from metier.errors import ConfigError, ModelError
+from metier.errors import ConfigError
 from metier.training.run import train
 
 Configure = Callable[..., RunConfig]
@@ -125,5 +125,7 @@ def test_methods_that_change_the_base_are_refused_on_a_stored_one(method: str, c
 def test_lora_on_stored_experts_is_refused_for_it_forms_their_changed_weights(
     configure: Configure, console: Console
 ) -> None:
-    with pytest.raises(ModelError, match="is frozen in a store"):
+    with pytest.raises(ConfigError, match=r"experts\.\w+ lies in a store .*\nUse method: expert_lora"):
         train(configure(method="lora", base_store="host"), console=console)
+    beside = train(configure("beside", method="lora", targets="attention", base_store="host"), console=console)
+    assert any("lora_B" in name and tensor.any() for name, tensor in tensors(beside.folder).items())

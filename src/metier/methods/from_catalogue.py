@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import peft
+from peft.tuners.lora.layer import ParamWrapper
 from transformers import PreTrainedModel
 
 from metier.catalogue.method import DENSE, MOE, Method
@@ -15,6 +16,7 @@ from metier.catalogue.options import config_class
 from metier.catalogue.tree import method_of
 from metier.config import LORA_KEYS, RunConfig
 from metier.errors import ConfigError, MetierError, UnsupportedModelError
+from metier.memory.frozen_weight import FrozenWeight
 from metier.methods.coverage import check_coverage
 from metier.methods.single_task import with_one_task
 from metier.methods.sparse_delta import SparseDeltaConfig, prepare
@@ -76,11 +78,23 @@ def put_on(model: PreTrainedModel, config: RunConfig, batches: Iterable[Batch] =
     # a sparse delta takes the best entries of all parts, which may be none of one of them
     wanted = () if isinstance(made, SparseDeltaConfig) else parts
     check_coverage(wrapped, wanted, names_modules=names_modules, method=method.name)
+    _refuse_stored_stacks(method, wrapped)
     if method.optimizer == "lora_fa":
         for name, parameter in wrapped.named_parameters():
             if ".lora_A." in name:
                 parameter.requires_grad_(False)
     return with_one_task(wrapped)
+
+
+def _refuse_stored_stacks(method: Method, wrapped: peft.PeftModel) -> None:
+    for path, module in wrapped.named_modules():
+        if isinstance(module, ParamWrapper) and isinstance(module.get_param(), FrozenWeight):
+            raise ConfigError(
+                f"{method.name}: {path}.{module.parameter_name} lies in a store (base_store, base_format), and PEFT's "
+                "LoRA on stacked experts makes the changed weights of all of them at each step.\nUse method: "
+                "expert_lora, which reads the experts one by one, go on other parts (targets: attention), or leave "
+                "the store out."
+            )
 
 
 def check_fits(method: Method, model: PreTrainedModel) -> None:

@@ -69,6 +69,7 @@ def keep_by_ranks(trainer: Trainer, checkpoint: Path | None) -> None:
 
 def _save(trainer: Trainer, folder: Path) -> None:
     optimizer = _bare(trainer.optimizer)
+    folder.mkdir(parents=True, exist_ok=True)
     if not _has_stores(optimizer):
         state = {
             "model": get_model_state_dict(trainer.model, options=_TRAINED),
@@ -76,7 +77,9 @@ def _save(trainer: Trainer, folder: Path) -> None:
         }
         save(state, checkpoint_id=folder / STATE)
     elif ranks_here().is_main:
-        # replicas: what one process has is what all have
+        # replicas: what one process has is what all have; the trainer itself saves a model that is not sharded
+        if trainer.is_fsdp_enabled:
+            trainer._save(str(folder))
         torch.save(optimizer.state_dict(), folder / OPTIMIZER_NAME)
     if ranks_here().is_main:
         torch.save(trainer.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)

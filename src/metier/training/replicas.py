@@ -1,4 +1,4 @@
-"""Rows in stores, and what else is trained beside shards, in several processes: each has a replica, kept the same.
+"""What lies in stores, and what is trained beside shards, in several processes: each has a replica, kept the same.
 
 Why replicas, and not a share of the rows in each process: which rows a token needs is known only when its layer is
 reached, so a share would put an exchange of rows before every layer of both passes; replicas exchange gradients once a
@@ -8,7 +8,7 @@ be plenty.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -20,30 +20,43 @@ from transformers import Trainer
 
 from metier.distributed.ranks import ranks_here
 from metier.errors import RunError
+from metier.memory.frozen_weight import FrozenWeight
 from metier.memory.step_gradients import StepGradients, step_gradients_of
 from metier.methods.meft.layer import MeftLayer
 
 
 def keep_replicas(trainer: Trainer) -> None:
-    """Have a sparse adapter's rows and routers be the same in all processes, before the first step and after each.
+    """Have what DDP and FSDP2 leave alone be the same in all processes, before the first step and after each: a sparse
+    adapter's rows and routers, and frozen weights in a store, which each process has read from the same files.
 
     Raises:
         RunError: they differ already.
     """
-    layers = {path: module for path, module in trainer.model.named_modules() if isinstance(module, MeftLayer)}
-    if not layers or not ranks_here().are_several:
+    if not ranks_here().are_several:
         return
-    for layer in layers.values():
+    layers = {path: module for path, module in trainer.model.named_modules() if isinstance(module, MeftLayer)}
+    if not trainer.is_fsdp_enabled:
+        names = [f"{path}.meft_gradients.{name}" for path, layer in layers.items() for name in layer.meft_gradients]
+        _leave_to_replicas(trainer.model, names)
+    if layers:
+        _keep_rows(trainer, layers.values())
+
+
+def _leave_to_replicas(model: nn.Module, names: list[str]) -> None:
+    """Have DDP neither send nor average what has these names, nor what lies in a store and cannot be written."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    stored = [name for name, parameter in parameters if isinstance(parameter, FrozenWeight)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*names, *stored])
+
+
+def _keep_rows(trainer: Trainer, layers: Collection[MeftLayer]) -> None:
+    for layer in layers:
         for store in layer.stores.values():
             _check_same(store.rows_NMWD, store.name)
-    parts = ("meft_gradients", "meft_router") if trainer.is_fsdp_enabled else ("meft_gradients",)
-    held = [getattr(layer, part) for layer in layers.values() for part in parts]
     if trainer.is_fsdp_enabled:
+        held = [part for layer in layers for part in (layer.meft_gradients, layer.meft_router)]
         trainer.accelerator.state.fsdp_plugin.ignored_modules = held
         _keep_in_optimizer(trainer, {id(parameter) for module in held for parameter in module.parameters()})
-    else:
-        names = [f"{path}.{part}.{name}" for path, x in layers.items() for part in parts for name in getattr(x, part)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trainer.model, names)
     _average_after_backward(trainer)
 
 
