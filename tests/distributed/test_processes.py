@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metier.config import RunConfig
+from metier.distributed.parting import for_ranks, global_batch
 from metier.distributed.ranks import Ranks, largest, on_main, ranks_here, summed, total
 from metier.errors import ConfigError, RunError
 from metier.memory import step_gradients
@@ -19,8 +20,6 @@ from metier.memory.step_gradients import StepGradients
 from metier.training.processes import (
     check_world,
     describe,
-    for_ranks,
-    global_batch,
     load_everywhere,
     lost_peers_told,
     note_world,
@@ -71,6 +70,13 @@ def test_entries_of_weights_are_not_written_into_shards(method: str) -> None:
     with pytest.raises(ConfigError, match=f"fsdp: {method} writes single entries into the base's weights"):
         for_ranks(config(method=method, fsdp=True), TWO)
     for_ranks(config(method=method), TWO)
+
+
+def test_rows_on_disk_are_refused_before_anything_is_loaded() -> None:
+    rows = {"method": "meft", "meft_r": 64, "meft_store": "disk"}
+    with pytest.raises(ConfigError, match=r"meft_store: rows on disk belong to one process.*Use host"):
+        for_ranks(config(**rows), TWO)
+    for_ranks(config(**rows), Ranks())
 
 
 def test_a_base_in_a_store_is_not_sharded_too() -> None:

@@ -1,4 +1,4 @@
-"""Every command of docs/scale.md that trains, run as it stands."""
+"""Every command of docs/scale.md that plans or trains, run as it stands."""
 
 from __future__ import annotations
 
@@ -97,8 +97,18 @@ def test_the_lines_that_resume(number: int, here: Path) -> None:
     check(section[number], here)
 
 
+@pytest.mark.distributed
+def test_the_line_that_plans(here: Path) -> None:
+    (line,) = commands("What it will take")
+    assert started(line, here).wait(timeout=SECONDS) == 0, "\n".join(p.read_text() for p in here.glob("log-*"))
+    said = (here / "log-0").read_text()
+    assert "each of 2 processes has" in said
+    assert "esft fsdp2 sends from each process, in a step" in said
+
+
 def test_no_command_of_the_page_is_without_a_test() -> None:
     training = {name: commands(name) for name in SECTIONS if "Ray" not in name}
     tested = {**dict.fromkeys(ONE_LINE, 1), "Weights sharded over the processes": 2, "Several machines": 1}
+    tested["What it will take"] = 1
     tested["Stopped, killed, resumed"] = 3
     assert {name: len(lines) for name, lines in training.items() if lines} == tested

@@ -67,6 +67,11 @@ KNOWN_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
         tie_word_embeddings=False,
     ),
+    "Qwen3-235B-A22B": _model(
+        "qwen3_moe", vocab_size=151_936, hidden_size=4096, moe_intermediate_size=1536, num_hidden_layers=94,
+        num_attention_heads=64, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        tie_word_embeddings=False,
+    ),
     "gpt-oss-20b": _model(
         "gpt_oss", vocab_size=201_088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=24,
         num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_local_experts=32, num_experts_per_tok=4,

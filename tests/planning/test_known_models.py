@@ -26,6 +26,7 @@ PUBLISHED = {
     "Mixtral-8x7B": 46.7e9,  # arXiv:2401.04088 says 47B; its announcement 46.7B
     "OLMoE-1B-7B": 6.9e9,  # arXiv:2409.02060
     "Qwen3-30B-A3B": 30.5e9,  # its model card
+    "Qwen3-235B-A22B": 235e9,  # its model card
     "gpt-oss-20b": 20.9e9,  # its model card
 }
 EXPERT = 3 * 2048 * 1408

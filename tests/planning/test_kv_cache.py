@@ -244,6 +244,7 @@ TOKEN_BYTES = {
     "Qwen2.5-72B": 327_680,
     "Llama-3.1-405B": 516_096,
     "DeepSeek-V2": 60 * 576 * 2,  # arXiv:2405.04434: (4 + 1/2) d_h numbers a layer, and d_h is 128
+    "Qwen3-235B-A22B": 2 * 94 * 4 * 128 * 2,  # four heads of keys and values in each of 94 layers
     "DeepSeek-V2-Lite": 31_104,  # measured with its latent cached: github.com/panbanda/higgs, pull request 254
 }
 

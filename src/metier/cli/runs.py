@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from metier.cli.app import app, show
 from metier.config import RunConfig
 from metier.config_reading import describe_fields, load_run_config
+
+if TYPE_CHECKING:
+    from metier.planning.links import World
 
 RUN_KEYS = "\n\n".join(
     ["The keys of a run, in the YAML file or as options (--key value):"]
@@ -67,6 +70,13 @@ def plan(
     chart: Annotated[Path | None, typer.Option(help="Draw memory by kind: a .png or .html file.")] = None,
     device: Annotated[str | None, typer.Option(help="An accelerator to plan for, such as rtx-4090.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Folder of a routing profile of the data.")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(help="Processes of the run; sizes are then those of one of them.")
+    ] = None,
+    link: Annotated[
+        str | None, typer.Option(help="With --world-size, what is sent over: nvlink4, or nvlink4,infiniband-ndr.")
+    ] = None,
+    devices_per_node: Annotated[int, typer.Option(help="With --world-size, processes of a machine.")] = 8,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Learn from the runs in --runs; without any, measure this machine anew.")
     ] = False,
@@ -75,7 +85,8 @@ def plan(
     """Say what a run will take before it starts, from the model's configuration alone.
 
     A config.json, or a folder with one, is enough for --model; no data are read. With --calibrate alone nothing is
-    planned.
+    planned. With --world-size the run is planned for so many processes, with copies of the weights (DDP) and with
+    shards (FSDP2); --device-memory is then a process's own, --host-memory a machine's.
     """
     if calibrate:
         from metier.errors import ConfigError
@@ -96,6 +107,7 @@ def plan(
 
     if chart is not None:
         check_chart(chart)
+    world = _world(world_size, link, devices_per_node)
     chosen = None if method is None else list(METHODS) if method == "all" else method.split(",")
     made = plan_runs(
         config,
@@ -105,12 +117,26 @@ def plan(
         labelled_share=labelled_share,
         device=device,
         profile=None if profile is None else RoutingProfile.load(profile),
+        world=world,
     )
     show(made)
     if output is not None:
         made.save(output)
     if chart is not None:
         save_chart(made, chart)
+
+
+def _world(size: int | None, link: str | None, devices_per_node: int) -> World | None:
+    """The processes that a plan is for, where it is for several."""
+    from metier.errors import ConfigError
+    from metier.planning.links import World, links_of
+
+    links = () if link is None else links_of(link)
+    if size is not None:
+        return World(size, devices_per_node, links)
+    if link is not None:
+        raise ConfigError("link: one process sends nothing. Say how many there are: --world-size 8.")
+    return None
 
 
 def _run_config(context: typer.Context, run: str | None, **options: Any) -> RunConfig:

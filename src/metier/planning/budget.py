@@ -17,9 +17,19 @@ little is worse than too much."""
 
 
 def machine_budget(
-    device_memory: str | None = None, host_memory: str | None = None, wanted: Device | None = None
+    device_memory: str | None = None,
+    host_memory: str | None = None,
+    wanted: Device | None = None,
+    *,
+    in_a_node: int = 1,
 ) -> Budget:
     """The memory that is given, such as "24GiB", or else that of the device that is wanted, or this machine's.
+
+    Args:
+        device_memory: of a process's own device.
+        host_memory: of a machine.
+        wanted: a device.
+        in_a_node: processes that share a machine: its host's memory, and where there is no device all that it has.
 
     Raises:
         ConfigError: a size that is none.
@@ -32,11 +42,12 @@ def machine_budget(
     elif has_device:
         device = torch.cuda.get_device_properties(0).total_memory
     else:
-        device = memory_limit_bytes()
+        device = memory_limit_bytes() // in_a_node
     host = None if host_memory is None else read_bytes(host_memory, "host_memory")
     if host is None and (has_device or wanted is not None):
         host = memory_limit_bytes()
     # on a device the runtime's share is not known here
+    host = None if host is None else host // in_a_node
     return Budget(device, host, 0 if host is not None else held_bytes() + workspace_bytes())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
@@ -20,8 +20,12 @@ from metier.planning.routes import Chances, assumed_chances, chances_of
 from metier.planning.segments import Peak, StepTrace
 from metier.planning.state import TrainingPlan
 from metier.planning.step import Batch, trace_step
+from metier.planning.units import Unit, units_of
 from metier.routing.routing_profile import RoutingProfile
 from metier.routing.selection import ExpertSelection
+
+if TYPE_CHECKING:
+    from metier.planning.sharding import OnRank
 
 TRACED = ("activations", "temporaries")
 KINDS = ("frozen weights", "fetched weights", "trained weights", "gradients", "optimizer state", *TRACED)
@@ -51,6 +55,10 @@ class Estimate:
     hidden_size: int = 0
     num_tokens: int = 0
     """Of the batch that was traced, padding included."""
+    units: tuple[Unit, ...] = ()
+    """What a sharded run would gather at once."""
+    on_rank: OnRank | None = None
+    """Of one process of several; bytes are that process's then."""
 
     @property
     def total_device_bytes(self) -> int:
@@ -95,6 +103,7 @@ class Estimate:
             "gradient_checkpointing": self.config.gradient_checkpointing,
             "base_store": self.config.base_store,
             "base_format": self.config.base_format,
+            "on_rank": None if self.on_rank is None else self.on_rank.as_dict(),
             "num_trained_parameters": self.state.num_trained,
             "num_frozen_parameters": self.state.num_frozen,
             "device_bytes": {kind.replace(" ", "_"): num_bytes for kind, num_bytes in self.device_bytes.items()},
@@ -134,6 +143,7 @@ class Estimator:
         self.base, self.labelled_share, self.has_host = base, labelled_share, has_host
         self._traces: dict[tuple[RunConfig, Batch], StepTrace | str] = {}
         self._states: dict[RunConfig, Estimate] = {}
+        self._counted: dict[RunConfig, _Counted] = {}
 
     def __call__(self, config: RunConfig, batch: Batch | None = None) -> Estimate:
         """What `metier train` with this configuration will take.
@@ -146,7 +156,7 @@ class Estimator:
             MetierError: as `run_skeleton`.
         """
         # where frozen weights are makes no difference to what is computed
-        alike = dataclasses.replace(config, base_store="device", base_format=None, base_folder=None)
+        alike = _one_batch(dataclasses.replace(config, base_store="device", base_format=None, base_folder=None))
         share = self.labelled_share if batch is None else batch.labelled_share
         batch = batch or Batch(config.per_device_train_batch_size, config.max_length, share)
         if (alike, batch) not in self._traces:
@@ -203,9 +213,19 @@ class Estimator:
     def _gradients_on_disk(self, config: RunConfig, state: TrainingPlan) -> int:
         return 0 if config.meft_store != "disk" or self.has_host else state.row_gradient_bytes
 
+    def _count(self, config: RunConfig) -> _Counted:
+        """What a run's model says, which is slow to make where it is large."""
+        key = _one_batch(config)
+        if key not in self._counted:
+            skeleton = run_skeleton(key, self.base, self.profile)
+            said = (*skeleton.assumptions, self._chances(key, skeleton.selection)[1])
+            units = units_of(skeleton.model, bf16=key.bf16, checkpointing=key.gradient_checkpointing)
+            self._counted[key] = _Counted(skeleton.state(key), units, skeleton.model.dtype.itemsize, said)
+        return self._counted[key]
+
     def _state(self, config: RunConfig) -> Estimate:
-        skeleton = run_skeleton(config, self.base, self.profile)
-        state, said = skeleton.state(config), self._chances(config, skeleton.selection)[1]
+        counted = self._count(config)
+        state = counted.state
         is_apart = config.method == "meft" and config.meft_store != "device"
         rows = state.row_bytes + state.row_state_bytes if is_apart else 0
         stored = state.stored_bytes if config.base_store != "device" else 0
@@ -228,10 +248,26 @@ class Estimator:
             host_bytes=stored * (config.base_store == "host") + rows * (config.meft_store == "host"),
             disk_bytes=stored * (config.base_store == "disk")
             + (rows + self._gradients_on_disk(config, state)) * (is_apart and config.meft_store == "disk"),
-            base_itemsize=skeleton.model.dtype.itemsize,
+            base_itemsize=counted.base_itemsize,
             hidden_size=self.base.get_text_config().hidden_size,
-            assumptions=(*skeleton.assumptions, said),
+            assumptions=counted.assumptions,
+            units=counted.units,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """Of a run's model, whatever a step's batches are."""
+
+    state: TrainingPlan
+    units: tuple[Unit, ...]
+    base_itemsize: int
+    assumptions: tuple[str, ...]
+
+
+def _one_batch(config: RunConfig) -> RunConfig:
+    """The run in one process with one batch a step: neither makes a difference to its model, nor to a batch's trace."""
+    return dataclasses.replace(config, gradient_accumulation_steps=1, global_batch_size=None, fsdp=False)
 
 
 def _gradients_at(peak: Peak, state: TrainingPlan) -> int:

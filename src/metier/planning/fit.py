@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from metier.config import RunConfig
-from metier.planning.estimate import Estimate, Estimator
+from metier.planning.estimate import Estimate
 
 BY_SCORE = ("full", "esft", "lora", "expert_lora", "meft")
 """Methods, the one with the highest task score first: benchmarks/results/quality.md, task records alone."""
@@ -53,7 +53,19 @@ class Change:
         return ", ".join(f"{key}: {_shown(value)}" for key, value in self.keys.items())
 
 
-def smallest_change(config: RunConfig, budget: Budget, estimator: Estimator) -> Change | None:
+class Estimates(Protocol):
+    """Says what a run takes: of one process alone, or of one of several."""
+
+    def __call__(self, config: RunConfig) -> Estimate:
+        """All of it."""
+        ...
+
+    def without_activations(self, config: RunConfig) -> Estimate:
+        """The state alone, which is quick."""
+        ...
+
+
+def smallest_change(config: RunConfig, budget: Budget, estimator: Estimates) -> Change | None:
     """The first of single changes, then as few of them together as it takes, with which a run fits; None if none does.
 
     Args:
@@ -94,7 +106,7 @@ def _changes(config: RunConfig, *, has_host: bool) -> Iterator[dict[str, Any]]:
     if rows > 1:
         batches = rows * config.gradient_accumulation_steps
         yield {"per_device_train_batch_size": 1, "gradient_accumulation_steps": batches}
-    if config.method in ("esft", "expert_lora", "meft"):
+    if config.method in ("esft", "expert_lora", "meft") and not config.fsdp:
         if config.base_store == "device" and has_host:
             yield {"base_store": "host"}
         if config.base_format is None:

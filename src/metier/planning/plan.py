@@ -1,4 +1,4 @@
-"""`metier plan`: what runs of one model will take, side by side, and which of them fit."""
+"""`metier plan`: what runs of one model will take, side by side, in one process or several, and which of them fit."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from transformers import PreTrainedConfig
 
 from metier.catalogue.tree import method_of
 from metier.config import LORA_KEYS, RunConfig
+from metier.distributed.parting import for_ranks
+from metier.distributed.ranks import Ranks
 from metier.errors import ConfigError, MetierError, SelectionError, UnsupportedModelError
 from metier.methods.from_catalogue import NeedsWeightsError
 from metier.models.load import ignore_renamed_options
@@ -23,8 +25,11 @@ from metier.planning.budget import machine_budget
 from metier.planning.clock import Clock, DeviceClock, clock_here
 from metier.planning.devices import Device, device_of
 from metier.planning.estimate import Estimate, Estimator
-from metier.planning.fit import BY_SCORE, Budget, Change, changed, smallest_change
+from metier.planning.fit import BY_SCORE, Budget, Change, Estimates, changed, smallest_change
 from metier.planning.kv_cache import KvCache, kv_cache
+from metier.planning.links import World
+from metier.planning.pays import Pays, where_sharding_pays
+from metier.planning.sharding import DDP, FSDP2, RankEstimator
 from metier.planning.spelling import duration, size
 from metier.planning.step_time import StepTime, step_time
 from metier.planning.table import LONG, shown
@@ -61,6 +66,15 @@ class Row:
     """Where there is a profile."""
     time: StepTime | None = None
     """None where it is not known what computes, or the step could not be traced."""
+    way: str | None = None
+    """How several processes part it (`sharding.DDP`, `sharding.FSDP2`)."""
+    link_seconds: float | None = None
+    """To send what a step sends, if nothing is computed meanwhile; None where no link is named."""
+
+    @property
+    def name(self) -> str:
+        """The method, and how it is parted."""
+        return self.config.method if self.way is None else f"{self.config.method} {self.way}"
 
     @property
     def fits(self) -> bool:
@@ -87,6 +101,10 @@ class Plan:
     """An accelerator by whose figures the seconds are, not this machine."""
     kv_cache: KvCache | None = None
     """Of the model when it generates; None where its configuration does not say it."""
+    world: World | None = None
+    """The processes of the run, where they are said; bytes are those of one of them then."""
+    pays: tuple[Pays, ...] = ()
+    """Of each method, from how many processes on it fits."""
 
     @property
     def recommended(self) -> Row | None:
@@ -110,6 +128,8 @@ class Plan:
             "not_timed": self.why_no_time or None,
             "machine_was_busy": self.was_busy,
             "device": self.device,
+            "world_size": None if self.world is None else self.world.size,
+            "sharding_pays": {pays.method: pays.as_dict() for pays in self.pays},
             "runs": [_row_as_dict(row) for row in self.rows],
         }
 
@@ -131,6 +151,7 @@ def plan(
     labelled_share: float = 0.5,
     device: str | None = None,
     profile: RoutingProfile | None = None,
+    world: World | None = None,
 ) -> Plan:
     """What a run takes, or the runs of several methods.
 
@@ -141,6 +162,8 @@ def plan(
         labelled_share: of the tokens that have a loss, in (0, 1].
         profile: of the data that will be trained on: which experts are selected, and how tokens choose.
         device: an accelerator (`devices.DEVICES`), whose memory counts where `device_memory` is not given.
+        world: the processes of the run; bytes and seconds are those of one of them then, with copies of the weights and
+            with shards, or with shards alone where the run says `fsdp`.
 
     Raises:
         ConfigError: a size, a method or a device that is none.
@@ -153,19 +176,30 @@ def plan(
             raise ConfigError(f"method: got {method!r}, expected some of {', '.join(METHODS)}, or all.")
     ignore_renamed_options()
     wanted = None if device is None else device_of(device)
-    budget = machine_budget(device_memory, host_memory, wanted)
+
+    def budget_of(size: int) -> Budget:
+        in_a_node = 1 if world is None else min(size, world.devices_per_node)
+        return machine_budget(device_memory, host_memory, wanted, in_a_node=in_a_node)
+
+    budget = budget_of(1 if world is None else world.size)
     clock = _clock(config, budget, wanted)
     base = model_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     options: dict[str, Any] = {"labelled_share": labelled_share, "has_host": budget.host_bytes is not None}
     estimator = Estimator(base, profile=profile, **options)
     halves = [Estimator(base, profile=profile, half=half, **options) for half in (0, 1)] if profile is not None else []
     configs = [config] if methods is None else [_as_method(config, method) for method in methods]
-    rows = [_row(each, budget, estimator, alone=len(configs) == 1) for each in configs]
+    pays: list[Pays | None] = []
+    if world is None:
+        rows = [_row(each, budget, estimator, alone=len(configs) == 1) for each in configs]
+    else:
+        rows = [_rank_row(each, budget, estimator, world) for one in configs for each in _ways(one)]
+        pays = [where_sharding_pays(each, estimator, budget_of, world.size) for each in configs]
     rows = [_timed(row, halves, clock, budget) for row in rows]
     if clock is not None:
         clock.save()
     why = "" if clock is not None else "what computes is not this machine's CPU. Name it: --device rtx-4090."
-    return Plan(budget, tuple(rows), why, clock is not None and clock.was_busy, device, _cache(base, config))
+    was_busy, known = clock is not None and clock.was_busy, tuple(each for each in pays if each is not None)
+    return Plan(budget, tuple(rows), why, was_busy, device, _cache(base, config), world, known)
 
 
 def why_not(config: RunConfig, memory: str | None = None) -> str:
@@ -229,7 +263,7 @@ def _cache_as_dict(cache: KvCache) -> dict[str, int]:
     }
 
 
-def _row(config: RunConfig, budget: Budget, estimator: Estimator, *, alone: bool) -> Row:
+def _row(config: RunConfig, budget: Budget, estimator: Estimates, *, alone: bool) -> Row:
     try:
         found = estimator(config)
     except MetierError as error:
@@ -239,6 +273,26 @@ def _row(config: RunConfig, budget: Budget, estimator: Estimator, *, alone: bool
     lacking = budget.lacking_bytes(found)
     change = smallest_change(config, budget, estimator) if lacking and found.trace is not None else None
     return Row(config, found, found.why_not_traced, lacking, change)
+
+
+def _ways(config: RunConfig) -> list[RunConfig]:
+    """The run with copies of the weights and with shards, or as it says itself."""
+    if config.fsdp or config.has_frozen_base:
+        return [config]
+    return [changed(config, {"fsdp": sharded}) for sharded in (False, True)]
+
+
+def _rank_row(config: RunConfig, budget: Budget, estimator: Estimator, world: World) -> Row:
+    """Of one process; what a run in so many refuses is refused here in its words."""
+    way = FSDP2 if config.fsdp else DDP
+    try:
+        parted = for_ranks(config, Ranks(size=world.size))
+    except ConfigError as error:
+        return Row(config, None, str(error), way=way)
+    row = _row(parted, budget, RankEstimator(estimator, world.size), alone=False)
+    on_rank = None if row.estimate is None else row.estimate.on_rank
+    seconds = None if on_rank is None else world.seconds(on_rank.sent_bytes)
+    return dataclasses.replace(row, way=way, link_seconds=seconds)
 
 
 def _as_method(config: RunConfig, method: str) -> RunConfig:
@@ -263,9 +317,11 @@ def _row_as_dict(row: Row) -> dict[str, Any]:
     known, max_steps = {} if row.estimate is None else row.estimate.as_dict(), row.config.max_steps
     return {
         "method": row.config.method,
+        "way": row.way,
         **known,
         **({} if row.time is None else row.time.as_dict()),
         "seconds_in_all": None if row.time is None or max_steps is None else max_steps * row.time.seconds,
+        "link_seconds": row.link_seconds,
         "spread": None if row.spread is None else dataclasses.asdict(row.spread),
         "fits": row.fits,
         "lacking_bytes": row.lacking_bytes,

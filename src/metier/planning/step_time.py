@@ -72,7 +72,8 @@ def step_time(estimate: Estimate, clock: Clock, *, free_bytes: int = 0) -> StepT
     parts = {part: batches * seconds for part, seconds in clock.passes(estimate.trace).items()}
     in_rows = state.row_gradient_bytes // _GRADIENT_BYTES
     fired = _fired_share(estimate)
-    parts["optimizer"] = clock.optimizer(state.num_trained - in_rows, round(fired * in_rows))
+    stepped = state.num_trained - in_rows if estimate.on_rank is None else estimate.on_rank.num_stepped
+    parts["optimizer"] = clock.optimizer(stepped, round(fired * in_rows))
     stored = state.stored_bytes if config.base_store != "device" else 0
     if config.base_format is not None:
         numbers = int(state.stored_bytes / _BYTES_OF[config.base_format])

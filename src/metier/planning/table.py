@@ -13,6 +13,7 @@ from metier.planning.devices import REACHED_BANDWIDTH, REACHED_RATE
 from metier.planning.estimate import KINDS, TRACED
 from metier.planning.kv_cache import KvCache
 from metier.planning.segments import StepTrace
+from metier.planning.sharding import PARTED_KINDS
 from metier.planning.spelling import count, duration, size
 
 if TYPE_CHECKING:
@@ -21,24 +22,36 @@ if TYPE_CHECKING:
 LONG = 32_768
 """Tokens of the sequence for which the KV cache is shown."""
 _AFTER = ("device", "host", "disk", "delta", "TFLOPs", "moved", "step", "in all", "inference", "fits")
-_LINES = ("trained", *KINDS, *_AFTER)
-"""Of the table, from top to bottom."""
+_SENT = ("sent", "sending")
+"""In several processes: bytes, and seconds where a link is named."""
 
 
-def _cells(row: Row) -> list[str]:
-    found = row.estimate
+def kinds_of(plan: Plan) -> tuple[str, ...]:
+    """Of bytes, in the order in which they are shown."""
+    return KINDS if plan.world is None else PARTED_KINDS
+
+
+def _lines(plan: Plan) -> tuple[str, ...]:
+    """Of the table, from top to bottom."""
+    sent = () if plan.world is None else _SENT
+    return ("trained", *kinds_of(plan), *_AFTER[:-2], *sent, *_AFTER[-2:])
+
+
+def _cells(plan: Plan, row: Row) -> list[str]:
+    found, kinds = row.estimate, kinds_of(plan)
     if found is None:
-        return [*["–"] * (len(_LINES) - 1), row.verdict]
+        return [*["–"] * (len(_lines(plan)) - 1), row.verdict]
     trace = found.trace
     return [
         count(found.state.num_trained),
-        *("–" if kind in TRACED and trace is None else size(found.device_bytes[kind]) for kind in KINDS),
+        *("–" if kind in TRACED and trace is None else size(found.device_bytes[kind]) for kind in kinds),
         f"{'> ' if trace is None else ''}{size(found.total_device_bytes)}",
         size(found.host_bytes),
         size(found.disk_bytes),
         size(found.delta_bytes),
         "–" if trace is None else _teraflops(row.config.gradient_accumulation_steps, trace),
         *_time_cells(row),
+        *_sent_cells(row),
         "–" if found.added_at_inference is None else f"+{found.added_at_inference:.0%}",
         row.verdict,
     ]
@@ -61,6 +74,14 @@ def _time_cells(row: Row) -> list[str]:
     return [size(sum(row.time.moved_bytes.values())), duration(row.time.seconds), in_all]
 
 
+def _sent_cells(row: Row) -> list[str]:
+    """Of a process of several, in a step of the optimizer; none of one alone."""
+    if row.estimate is None or row.estimate.on_rank is None:
+        return []
+    seconds = "–" if row.link_seconds is None else duration(row.link_seconds)
+    return [size(row.estimate.on_rank.sent_bytes), seconds]
+
+
 def shown(plan: Plan) -> Group:
     """For a terminal."""
     return Group(_table(plan), *_remarks(plan))
@@ -70,9 +91,9 @@ def _table(plan: Plan) -> Table:
     table = Table(title=_title(plan), title_justify="left")
     table.add_column("at the peak of a step")
     for row in plan.rows:
-        table.add_column(row.config.method, justify="right")
-    cells = [_cells(row) for row in plan.rows]
-    for number, name in enumerate(_LINES):
+        table.add_column(row.name.replace(" ", "\n"), justify="right")
+    cells = [_cells(plan, row) for row in plan.rows]
+    for number, name in enumerate(_lines(plan)):
         table.add_row(name, *(column[number] for column in cells), end_section=name in ("trained", KINDS[-1], "disk"))
     return table
 
@@ -82,19 +103,20 @@ def _title(plan: Plan) -> str:
     if plan.budget.host_bytes is not None:
         memory = f"{size(plan.budget.device_bytes)} on the device, {size(plan.budget.host_bytes)} on the host"
     runtime = f"; {size(plan.budget.runtime_bytes)} of it is the process's own"
-    return f"{plan.rows[0].config.model}: {memory}{runtime if plan.budget.runtime_bytes else ''}"
+    each = "" if plan.world is None else f"each of {plan.world.size:,} processes has "
+    return f"{plan.rows[0].config.model}: {each}{memory}{runtime if plan.budget.runtime_bytes else ''}"
 
 
 def _remarks(plan: Plan) -> Iterable[Text]:
     best = plan.recommended
     if best is not None:
-        yield Text(f"{best.config.method} fits, and had the highest score of what fits where we measured.")
+        yield Text(f"{best.name} fits, and had the highest score of what fits where we measured.")
         deltas = {row.config.method: row.estimate.delta_bytes for row in plan.rows if row.fits and row.estimate}
         smallest = min(deltas, key=lambda method: deltas[method])
         if smallest != best.config.method:
             yield Text(f"The smallest delta is that of {smallest}: {size(deltas[smallest])}.")
     for row in plan.rows:
-        name = row.config.method
+        name = row.name
         if row.change is not None:
             total = row.change.estimate.total_device_bytes + plan.budget.runtime_bytes
             yield Text(f"{name} fits with {row.change}: {size(total)}.")
@@ -102,16 +124,17 @@ def _remarks(plan: Plan) -> Iterable[Text]:
             yield Text(f"{name} lacks {size(row.lacking_bytes)}; no change that is known here makes it fit.")
         elif row.why_not:
             yield Text(f"{name}: {row.why_not}")
+    yield from _in_several(plan)
     bottlenecks: dict[str, list[str]] = {}
     for row in plan.rows:
         if row.time is not None:
-            bottlenecks.setdefault(row.time.bottleneck, []).append(row.config.method)
+            bottlenecks.setdefault(row.time.bottleneck, []).append(row.name)
     if bottlenecks:
         said = "; ".join(f"{', '.join(methods)}: {part}" for part, methods in bottlenecks.items())
         yield Text(f"What most of a step's time goes to: {said}.")
     for row in plan.rows:
         if row.spread is not None:
-            yield Text(f"{row.config.method}, from one half of the profile to the other: {row.spread}.")
+            yield Text(f"{row.name}, from one half of the profile to the other: {row.spread}.")
     if plan.device is not None:
         yield Text(
             f"Seconds are by the maker's figures of {plan.device}, of which {REACHED_RATE:.0%} of the rates and "
@@ -131,6 +154,28 @@ def _remarks(plan: Plan) -> Iterable[Text]:
         yield Text(_cache_in_words(plan.kv_cache))
         yield from _serving(plan, plan.kv_cache)
     yield from (Text(f"Assumed: {assumption}", style="dim") for assumption in plan.assumptions)
+
+
+def _in_several(plan: Plan) -> Iterable[Text]:
+    """From how many processes on a run fits, what they send, and over what."""
+    if plan.world is None:
+        return
+    yield from (Text(str(pays)) for pays in plan.pays)
+    for row in plan.rows:
+        if row.estimate is not None and row.estimate.on_rank is not None and row.estimate.on_rank.sent:
+            parts = ", ".join(f"{size(number)} by {name}" for name, number in row.estimate.on_rank.sent.items())
+            yield Text(f"{row.name} sends from each process, in a step: {parts}.")
+    link = plan.world.slowest_link
+    if link is None:
+        yield Text("Seconds of sending are not known. Name what is sent over: --link nvlink4,infiniband-ndr.")
+        return
+    nodes = f"{plan.world.devices_per_node} processes a machine"
+    yield Text(
+        f"Sending is by the maker's figures of {link.name}, the slowest link of the ring ({nodes}), of which "
+        f"{REACHED_BANDWIDTH:.0%} are taken to be reached; it was not measured. What of it is hidden behind computing "
+        "is not known.",
+        style="yellow",
+    )
 
 
 def _serving(plan: Plan, cache: KvCache) -> Iterable[Text]:

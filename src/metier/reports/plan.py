@@ -7,9 +7,9 @@ from pathlib import Path
 
 from metier import __version__
 from metier.errors import ConfigError
-from metier.planning.estimate import KINDS
 from metier.planning.plan import Plan, Row
 from metier.planning.spelling import count, size
+from metier.planning.table import kinds_of
 from metier.reports.blocks import section, table
 from metier.reports.html import page
 from metier.reports.markup import Markup, join, tag
@@ -20,8 +20,10 @@ COLORS = {
     PROCESS: "#5b6470",
     "frozen weights": "#0b5cad",
     "fetched weights": "#7db4e6",
+    "gathered weights": "#b7c9dc",
     "trained weights": "#a8410b",
     "gradients": "#e08a4f",
+    "gradients sent": "#f2c7a5",
     "optimizer state": "#8a6100",
     "activations": "#0a6e5c",
     "temporaries": "#7cc4b3",
@@ -67,10 +69,10 @@ def _parts(plan: Plan, row: Row) -> Parts:
     estimate = row.estimate
     parts = {
         PROCESS: plan.budget.runtime_bytes,
-        **{kind: estimate.device_bytes[kind] for kind in KINDS},
+        **{kind: estimate.device_bytes[kind] for kind in kinds_of(plan)},
         HOST: estimate.host_bytes,
     }
-    return {kind: parts[kind] for kind in COLORS if parts[kind]}
+    return {kind: parts[kind] for kind in COLORS if parts.get(kind)}
 
 
 def _spans(parts: Parts) -> Iterator[tuple[str, int, int]]:
@@ -83,7 +85,7 @@ def _spans(parts: Parts) -> Iterator[tuple[str, int, int]]:
 
 def _name(row: Row) -> str:
     assert row.estimate is not None, "asked for only where bytes are known"
-    return row.config.method if row.estimate.trace is not None else f"{row.config.method}, no activations"
+    return row.name if row.estimate.trace is not None else f"{row.name}, no activations"
 
 
 def _limit(plan: Plan, bars: list[tuple[Row, Parts]]) -> int | None:
@@ -132,7 +134,7 @@ def _page(plan: Plan, bars: list[tuple[Row, Parts]]) -> str:
     head = ["method", "fits", *shown, "in all", "trained", "delta"]
     body = [
         [
-            row.config.method,
+            row.name,
             row.verdict,
             *(size(parts.get(kind, 0)) for kind in shown),
             size(sum(parts.values())),
@@ -141,8 +143,8 @@ def _page(plan: Plan, bars: list[tuple[Row, Parts]]) -> str:
         ]
         for row, parts in bars
     ]
-    reasons = [tag("p", f"{row.config.method}: {row.why_not}") for row in plan.rows if row.why_not]
-    changes = [tag("p", f"{row.config.method} fits with {row.change}.") for row, _ in bars if row.change is not None]
+    reasons = [tag("p", f"{row.name}: {row.why_not}") for row in plan.rows if row.why_not]
+    changes = [tag("p", f"{row.name} fits with {row.change}.") for row, _ in bars if row.change is not None]
     best = plan.recommended
     content = join(
         (
@@ -150,7 +152,7 @@ def _page(plan: Plan, bars: list[tuple[Row, Parts]]) -> str:
             section(
                 "Bytes by kind",
                 tag("figure", _legend(shown), _bars(plan, bars)),
-                lead=None if best is None else f"{best.config.method} had the highest score of what fits.",
+                lead=None if best is None else f"{best.name} had the highest score of what fits.",
             ),
             section("In numbers", table(head, body), *changes, *reasons),
             section("Assumed", *(tag("p", said) for said in plan.assumptions)) if plan.assumptions else None,

@@ -1,4 +1,4 @@
-"""How a run is parted among the processes that a launcher has started: batches, weights, and what is refused.
+"""A run in the processes that a launcher has started: how they load and shard, and what is said when one is lost.
 
 Each process has its own records; gradients are averaged (DDP), or averaged and parted with the weights (FSDP2, key
 `fsdp`). Both are torch's, set up by accelerate. A step sees the same records in any number of processes as long as its
@@ -16,53 +16,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from transformers import Trainer
 
-from metier.catalogue.tree import method_of
 from metier.config import RunConfig
+from metier.distributed.parting import global_batch, is_sharded
 from metier.distributed.ranks import Ranks, ranks_here
-from metier.errors import ConfigError, RunError
-from metier.planning.fit import changed
+from metier.errors import RunError
 from metier.training.checkpoints import complete_checkpoints
 from metier.training.folder import RunFolder
 
 WORLD = "world.json"
 """In a checkpoint: how many processes made it, and how many records a step of theirs has."""
 _EMPTY_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-_OPTIMIZERS_OF_ONE = {
-    "mezo": "each process would walk in a direction of its own",
-    "lisa": "the layers that are trained change, and a process waits for gradients of all",
-    "galore": "its projections need a gradient whole",
-    "adalora": "its ranks are allotted by what one process sees",
-}
-
-
-def for_ranks(config: RunConfig, ranks: Ranks) -> RunConfig:
-    """The configuration as one process of several has it: `global_batch_size` is turned into batches of a step.
-
-    Raises:
-        ConfigError: the global batch cannot be parted so, or what is configured does not go with several processes.
-    """
-    if ranks.are_several:
-        _check(config)
-    elif config.fsdp:
-        raise ConfigError(
-            "fsdp: there is one process, so nothing to shard over. Start several, such as by torchrun "
-            "--nproc-per-node 2 -m metier train …, or leave it out."
-        )
-    if config.global_batch_size is None:
-        return config
-    at_once = config.per_device_train_batch_size * ranks.size
-    if config.global_batch_size % at_once:
-        raise ConfigError(
-            f"global_batch_size: got {config.global_batch_size}, which {ranks.size} processes with "
-            f"per_device_train_batch_size {config.per_device_train_batch_size} cannot part: expected a multiple of "
-            f"{at_once}. Change one of the two."
-        )
-    batches = config.global_batch_size // at_once
-    return changed(config, {"global_batch_size": None, "gradient_accumulation_steps": batches})
 
 
 def load_everywhere(config: RunConfig) -> str | None:
@@ -78,16 +45,6 @@ def load_everywhere(config: RunConfig) -> str | None:
         "fsdp_cpu_ram_efficient_loading is turned off: each process loads the weights, for what is measured before "
         "they are parted is measured in all"
     )
-
-
-def global_batch(config: RunConfig, ranks: Ranks) -> int:
-    """Records of a step over all processes."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.size
-
-
-def is_sharded(config: RunConfig) -> bool:
-    """Whether weights are sharded, by the run's own key or by the launcher's configuration."""
-    return config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def note_world(checkpoint: Path, config: RunConfig, ranks: Ranks) -> None:
@@ -116,33 +73,14 @@ def check_world(checkpoint: Path, config: RunConfig, ranks: Ranks) -> None:
 def shard_on_cpus(trainer: Trainer) -> None:
     """Have accelerate shard on CPUs too: it does so on accelerators alone, and torch on both."""
     state = trainer.accelerator.state
-    if state.distributed_type != DistributedType.MULTI_CPU:
+    if trainer.accelerator.device.type != "cpu":
         return
     arguments = trainer.args.fsdp_plugin_args
     state.fsdp_plugin = FullyShardedDataParallelPlugin(**(arguments or {}))
     state.distributed_type = DistributedType.FSDP
+    # every later look at the state takes it from there; without, gradients would be sent after each batch of a step
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     trainer.is_fsdp_enabled = True
-
-
-def _check(config: RunConfig) -> None:
-    method = method_of(config.method)
-    if method.optimizer in _OPTIMIZERS_OF_ONE:
-        why = _OPTIMIZERS_OF_ONE[method.optimizer]
-        raise ConfigError(f"method: {method.name} does not run in several processes: {why}. Start one.")
-    if not is_sharded(config):
-        return
-    if int(os.environ.get("FSDP_VERSION", "2")) != 2:
-        raise ConfigError("fsdp: got version 1 of the launcher's configuration, expected fsdp_version: 2. Set it.")
-    if (method.config or "").startswith("metier.methods.sparse_delta"):
-        raise ConfigError(
-            f"fsdp: {method.name} writes single entries into the base's weights, of which each process would have a "
-            "part. Leave fsdp out: each process then has a copy."
-        )
-    if config.has_frozen_base:
-        raise ConfigError(
-            "base_store and base_format keep the base's weights elsewhere, and the launcher's configuration shards "
-            "them over processes. Leave one side out."
-        )
 
 
 def describe(config: RunConfig, ranks: Ranks) -> str:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from metier.distributed.ranks import ranks_here
-from metier.errors import ConfigError, RunError
+from metier.errors import RunError
 from metier.memory.frozen_weight import FrozenWeight
 from metier.memory.step_gradients import StepGradients, step_gradients_of
 from metier.methods.meft.layer import MeftLayer
@@ -30,7 +30,6 @@ def keep_replicas(trainer: Trainer) -> None:
     adapter's rows and routers, and frozen weights in a store, which each process has read from the same files.
 
     Raises:
-        ConfigError: the rows are on disk, in files that the processes would share.
         RunError: they differ already.
     """
     if not ranks_here().are_several:
@@ -53,11 +52,6 @@ def _leave_to_replicas(model: nn.Module, names: list[str]) -> None:
 def _keep_rows(trainer: Trainer, layers: Collection[MeftLayer]) -> None:
     for layer in layers:
         for store in layer.stores.values():
-            if store.tier == "disk":
-                raise ConfigError(
-                    "meft_store: rows on disk belong to one process, and there are several. Use host, of which each "
-                    "process has a replica."
-                )
             _check_same(store.rows_NMWD, store.name)
     if trainer.is_fsdp_enabled:
         held = [part for layer in layers for part in (layer.meft_gradients, layer.meft_router)]

@@ -20,6 +20,7 @@ from metier.data.message import Record
 from metier.data.pairs import encode_pairs
 from metier.data.records import load_records, mix
 from metier.deltas.save import save_delta
+from metier.distributed.parting import for_ranks, is_sharded
 from metier.distributed.ranks import Ranks, is_restart, join_ranks, largest, on_main, wait_for_all
 from metier.errors import ConfigError
 from metier.memory.allocator import give_memory_back
@@ -49,8 +50,6 @@ from metier.training.procedures.chosen import check_procedure, passes_of
 from metier.training.processes import (
     check_world,
     describe,
-    for_ranks,
-    is_sharded,
     load_everywhere,
     lost_peers_told,
     note_world,
