@@ -15,11 +15,12 @@ from rich.console import Console
 
 from metier.config import RunConfig
 from metier.data.encode import IGNORED, Encoded
+from metier.distributed.ranks import Ranks
 from metier.errors import RunError, UnsupportedModelError
 from metier.memory.process_memory import ProcessMemory
 from metier.planning import estimate
 from metier.planning.clock import PARTS
-from metier.planning.fit import Budget
+from metier.planning.fit import Budget, changed
 from metier.planning.step import Batch
 from metier.training import foresight as module
 from metier.training.foresight import Foresight, largest_batch
@@ -86,6 +87,20 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_loaded(config, m
     with pytest.raises(RunError, match=r"the run needs at least .* more than there is: .* of frozen weights"):
         train(config)
     assert not Path(config.output_dir).exists()
+
+
+def test_a_share_of_the_weights_that_does_not_fit_is_refused_before_anything_is_loaded(config, monkeypatch):
+    base, settings = tiny_model("deepseek_v2").config, {"force": False, "is_sharded": True}
+    whole = changed(config, {"method": "full", "select_top_k": None})
+    needed = Foresight(whole, base, force=False)._estimator.without_activations(whole).total_device_bytes
+    monkeypatch.setattr(module, "_share", lambda budget, ranks: budget)
+    _limited(monkeypatch, needed * 3 // 4)
+    with pytest.raises(RunError, match=r"needs at least .* more than there is"):
+        Foresight(whole, base, force=False).before_loading()
+    Foresight(whole, base, ranks=Ranks(size=8), **settings).before_loading()
+    _limited(monkeypatch, needed // 3)
+    with pytest.raises(RunError, match=r"needs at least .* of gathered weights(.|\n)*--force"):
+        Foresight(whole, base, ranks=Ranks(size=8), **settings).before_loading()
 
 
 def test_activations_that_do_not_fit_are_refused_before_training(config, monkeypatch):

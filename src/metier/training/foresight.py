@@ -25,8 +25,9 @@ from metier.methods.wrap import selects_experts
 from metier.planning.budget import machine_budget, workspace_bytes
 from metier.planning.clock import clock_here
 from metier.planning.estimate import TRACED, Estimate, Estimator
-from metier.planning.fit import Budget, changed, smallest_change
+from metier.planning.fit import Budget, Estimates, changed, smallest_change
 from metier.planning.machine import fingerprint
+from metier.planning.sharding import RankEstimator
 from metier.planning.spelling import size
 from metier.planning.step import Batch
 from metier.planning.step_time import step_time
@@ -48,7 +49,7 @@ class Foresight:
         base: the model's configuration.
         force: say nothing of what does not fit.
         ranks: the processes of the run; those of one machine share its memory.
-        is_sharded: they share the weights out among themselves, which a trace of one does not know.
+        is_sharded: they share the weights out among themselves: their state is known, the step's peak is not.
     """
 
     def __init__(
@@ -71,16 +72,21 @@ class Foresight:
         self._own_bytes = 0 if torch.cuda.is_available() else peak_memory_bytes()
         self._peak_before = 0
         self._estimator = Estimator(base, has_host=self.budget.host_bytes is not None)
+        self._estimates: Estimates = self._estimator
+        if is_sharded:
+            # the launcher's configuration may shard where the run's own does not say it
+            self.config = changed(config, {"fsdp": True})
+            self._estimates = RankEstimator(self._estimator, ranks.size)
 
     def before_loading(self) -> None:
-        """Refuse a run whose weights, gradients and optimizer state alone are too much.
+        """Refuse a run whose weights, gradients and optimizer state alone are too much, or a process's share of them.
 
         Raises:
             RunError: they are.
         """
-        if not self.force and not self.is_sharded:
+        if not self.force:
             with suppress(NeedsWeightsError):
-                self._check(self._estimator.without_activations(_at_least(self.config)))
+                self._check(self._estimates.without_activations(_at_least(self.config)))
 
     def before_training(
         self,
@@ -158,7 +164,7 @@ class Foresight:
         lacking = self.budget.lacking_bytes(estimate)
         if lacking <= may_be_wrong * estimate.total_device_bytes:
             return
-        change = smallest_change(self.config, self.budget, self._estimator)
+        change = smallest_change(self.config, self.budget, self._estimates)
         parts = ", ".join(
             f"{size(num_bytes)} of {kind}" for kind, num_bytes in estimate.device_bytes.items() if num_bytes
         )
