@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -162,7 +163,8 @@ def test_a_cell_that_ray_kills_for_its_memory_is_told_and_no_hang(
     run_on_ray(cells, told)
     assert len(cells.failed()) == 4
     why = {cells.failure(cell).splitlines()[0].partition("low on memory")[0] for cell in cells.failed()}
-    assert why == {"killed: 1 worker(s) were killed due to the node running "}
+    # Ray may kill both that run at once
+    assert why <= {f"killed: {number} worker(s) were killed due to the node running " for number in (1, 2)}
     # Ray's own pages about it are not among the lines of progress
     assert capfd.readouterr().out == ""
 
@@ -191,7 +193,8 @@ def started(runner, tmp_path: Path):
         runner(f"(Path({str(tmp_path)!r}) / f'pid-{{os.getpid()}}').touch()\n{what}")
         command = [sys.executable, "-c", DRIVER, "compare", "spec.yaml", "--on", "ray", "--jobs", "2"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        processes.append(subprocess.Popen(command, cwd=tmp_path, text=True, start_new_session=True, **pipes))
+        wide = {**os.environ, "COLUMNS": "200"}
+        processes.append(subprocess.Popen(command, cwd=tmp_path, text=True, start_new_session=True, env=wide, **pipes))
         return processes[-1], Cells(load_comparison(tmp_path / "spec.yaml"))
 
     yield start
