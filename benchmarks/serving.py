@@ -146,7 +146,8 @@ def throughput(kind: str) -> None:
         else:
             olmoe_deltas(folder, NUM_DELTAS, layers=4, experts_per_layer=6, dtype=kind.split("-")[1])
             model = str(folder / "base")
-        started = start(model, folder, names)
+        # what the requests take, and no more: deltas in float32 take some gigabytes themselves
+        started = start(model, folder, names, cache_tokens=2 * NUM_REQUESTS * 256)
         engine = started.engine
         base = bare_model(engine._batch._model)
         merging = Merging(base, folder, names)
