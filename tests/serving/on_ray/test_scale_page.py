@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 
+from metier import embedded
 from serving.on_ray.server_process import ServerProcess
 
 pytest.importorskip("ray")
@@ -22,19 +24,21 @@ PORT = 8000
 def test_the_command_serves_each_model_on_two_replicas(tmp_path: Path) -> None:
     section = PAGE.read_text(encoding="utf-8").split("\n## Serving on Ray Serve\n")[1].split("\n## ")[0]
     ((command,),) = [block.splitlines() for block in re.findall(r"^```\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)]
-    assert shutil.which(command.split()[0]) is not None
+    beside = Path(sys.executable).with_name(command.split()[0])
+    assert beside.exists()
+    command = str(beside) + command[len(beside.name) :]
     server = ServerProcess([] if is_free(PORT) else ["--port", 0], tmp_path / "log", command=command)
     try:
         assert len(server.replicas()) == 2
         names = [model.id for model in server.openai.models.list()]
         assert names == ["embedded", "synopsis", "translate"]
-        texts = {
-            server.openai.completions.create(model=name, prompt="A library for", max_tokens=8, temperature=0)
-            .choices[0]
-            .text
-            for name in names
-        }
-        assert len(texts) == 3
+        for task in names[1:]:
+            question = json.loads(embedded.task_path(task, "test").read_text().splitlines()[0])["messages"][:1]
+            of_base, of_delta = (
+                server.openai.chat.completions.create(model=name, messages=question, max_tokens=24, temperature=0)
+                for name in ("embedded", task)
+            )
+            assert of_delta.choices[0].message.content != of_base.choices[0].message.content
         assert server.stop() == 0
     finally:
         server.kill()

@@ -32,7 +32,8 @@ DEPENDS_ON_THE_HOUR = {
 
 
 def blocks(language: str = "") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", SECTION, flags=re.MULTILINE | re.DOTALL)
+    every = re.findall(r"^```(\w*)\n(.*?)^```$", SECTION, flags=re.MULTILINE | re.DOTALL)
+    return [block for its_language, block in every if its_language == language]
 
 
 def run(line: str, here: Path) -> str:
