@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from distributed.launch import environment, losses
+from documented_commands import blocks, words_of
 from metier import embedded
 
 PAGE = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: part for part in PAGE.split("\n## ")}
 SECONDS = 420
 """The embedded model in two to four processes on two cores, their start included."""
-
-
-def blocks(text: str, language: str = "") -> list[str]:
-    """The fenced blocks of a language; of none where none is given."""
-    every = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    return [block for its_language, block in every if its_language == language]
 
 
 def commands(section: str) -> list[str]:
@@ -41,10 +33,8 @@ def here(tmp_path: Path) -> Path:
 
 def started(line: str, here: Path) -> subprocess.Popen:
     """The command, found beside this very Python."""
-    words = shlex.split(line)
-    words[0] = str(Path(sys.executable).with_name(words[0]))
     log = (here / f"log-{len(list(here.glob('log-*')))}").open("w+")
-    return subprocess.Popen(words, cwd=here, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+    return subprocess.Popen(words_of(line), cwd=here, env=environment(), stdout=log, stderr=subprocess.STDOUT)
 
 
 def check(line: str, here: Path, *, steps: int = 6) -> None:

@@ -369,6 +369,10 @@ def test_the_slowest_link_of_the_ring_decides() -> None:
         (["--world-size", "2", "--link", "foo"], "link: got 'foo', expected one of nvlink3, nvlink4"),
         (["--world-size", "2", "--link", "pcie4,pcie4,pcie4"], "or two with a comma between"),
         (["--link", "nvlink4"], "link: one process sends nothing. Say how many there are: --world-size 8."),
+        (
+            ["--devices-per-node", "4"],
+            "devices_per_node: is for several processes. Say how many there are: --world-size 8.",
+        ),
     ],
 )
 def test_what_cannot_be_planned_says_what_can(options: list[str], said: str, base: Path) -> None:

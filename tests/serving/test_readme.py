@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -21,6 +20,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from documented_commands import blocks
+
 README = Path(__file__).parents[2] / "README.md"
 PORT = 8000
 START_SECONDS = 180
@@ -28,17 +29,12 @@ START_SECONDS = 180
 ANSWER_SECONDS = 120
 
 
-def blocks(language: str) -> list[str]:
-    """The section's code in that language, in order."""
-    section = README.read_text(encoding="utf-8").split("\n## Serving\n")[1].split("\n## ")[0]
-    return re.findall(rf"^```{language}\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
-
-
 def test_the_commands_are_answered_by_the_base_and_by_each_delta(tmp_path: Path) -> None:
     # one test, since each start takes seconds
     port, environment = free_port(), of_this_environment()
-    command, curl = blocks("bash")
-    (code,) = blocks("python")
+    section = README.read_text(encoding="utf-8").split("\n## Serving\n")[1].split("\n## ")[0]
+    command, curl = blocks(section, "bash")
+    (code,) = blocks(section, "python")
     with served(command if port == PORT else f"{command.strip()} --port {port}", port, environment, tmp_path):
         check_client(code.replace(f":{PORT}/", f":{port}/"), environment)
         if shutil.which("curl") is not None:

@@ -53,7 +53,7 @@ def config(base, tmp_path) -> RunConfig:
 
 
 def _limited(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    monkeypatch.setattr(module, "machine_budget", lambda: Budget(num_bytes, None, 0))
+    monkeypatch.setattr(module, "machine_budget", lambda **_: Budget(num_bytes, None, 0))
 
 
 def test_what_was_foreseen_stands_beside_what_was_measured(config):
@@ -93,7 +93,6 @@ def test_a_share_of_the_weights_that_does_not_fit_is_refused_before_anything_is_
     base, settings = tiny_model("deepseek_v2").config, {"force": False, "is_sharded": True}
     whole = changed(config, {"method": "full", "select_top_k": None})
     needed = Foresight(whole, base, force=False)._estimator.without_activations(whole).total_device_bytes
-    monkeypatch.setattr(module, "_share", lambda budget, ranks: budget)
     _limited(monkeypatch, needed * 3 // 4)
     with pytest.raises(RunError, match=r"needs at least .* more than there is"):
         Foresight(whole, base, force=False).before_loading()
@@ -101,6 +100,15 @@ def test_a_share_of_the_weights_that_does_not_fit_is_refused_before_anything_is_
     _limited(monkeypatch, needed // 3)
     with pytest.raises(RunError, match=r"needs at least .* of gathered weights(.|\n)*--force"):
         Foresight(whole, base, ranks=Ranks(size=8), **settings).before_loading()
+
+
+def test_processes_of_one_machine_share_its_memory(config, monkeypatch):
+    monkeypatch.setattr("metier.planning.budget.memory_limit_bytes", lambda: 12 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    base = tiny_model("deepseek_v2").config
+    for local_size, share in ((1, 12 << 30), (3, 4 << 30)):
+        found = Foresight(config, base, force=False, ranks=Ranks(size=6, local_size=local_size))
+        assert found.budget.device_bytes == share
 
 
 def test_activations_that_do_not_fit_are_refused_before_training(config, monkeypatch):
@@ -113,7 +121,7 @@ def test_activations_that_do_not_fit_are_refused_before_training(config, monkeyp
 
 def test_what_may_fit_after_all_is_not_refused(config, monkeypatch):
     found = Foresight(config, tiny_model("deepseek_v2").config, force=False)._estimator(config)
-    monkeypatch.setattr(module, "machine_budget", lambda: Budget(int(0.95 * found.total_device_bytes), None, 0))
+    _limited(monkeypatch, int(0.95 * found.total_device_bytes))
     kept = Foresight(config, tiny_model("deepseek_v2").config, force=False)
     kept._check(found, may_be_wrong=module.OVER_PREDICTED)
     with pytest.raises(RunError, match="more than there is"):

@@ -76,7 +76,9 @@ def plan(
     link: Annotated[
         str | None, typer.Option(help="With --world-size, what is sent over: nvlink4, or nvlink4,infiniband-ndr.")
     ] = None,
-    devices_per_node: Annotated[int, typer.Option(help="With --world-size, processes of a machine.")] = 8,
+    devices_per_node: Annotated[
+        int | None, typer.Option(help="With --world-size, processes of a machine; 8 if not given.")
+    ] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Learn from the runs in --runs; without any, measure this machine anew.")
     ] = False,
@@ -126,16 +128,18 @@ def plan(
         save_chart(made, chart)
 
 
-def _world(size: int | None, link: str | None, devices_per_node: int) -> World | None:
+def _world(size: int | None, link: str | None, devices_per_node: int | None) -> World | None:
     """The processes that a plan is for, where it is for several."""
     from metier.errors import ConfigError
-    from metier.planning.links import World, links_of
+    from metier.planning.links import DEVICES_PER_NODE, World, links_of
 
     links = () if link is None else links_of(link)
     if size is not None:
-        return World(size, devices_per_node, links)
+        return World(size, DEVICES_PER_NODE if devices_per_node is None else devices_per_node, links)
     if link is not None:
         raise ConfigError("link: one process sends nothing. Say how many there are: --world-size 8.")
+    if devices_per_node is not None:
+        raise ConfigError("devices_per_node: is for several processes. Say how many there are: --world-size 8.")
     return None
 
 

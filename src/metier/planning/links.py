@@ -39,13 +39,15 @@ LINKS = {
     )
 }
 
+DEVICES_PER_NODE = 8
+
 
 @dataclass(frozen=True, slots=True)
 class World:
     """The processes that a run is planned for, each with an accelerator of its own, or a share of the machine."""
 
     size: int
-    devices_per_node: int = 8
+    devices_per_node: int = DEVICES_PER_NODE
     links: tuple[Link, ...] = ()
     """Within a node, and between nodes; one stands for both. None where seconds are not asked for."""
 
@@ -53,11 +55,6 @@ class World:
         for name, number in (("world_size", self.size), ("devices_per_node", self.devices_per_node)):
             if number < 1:
                 raise ConfigError(f"{name}: got {number}, expected 1 or more.")
-
-    @property
-    def in_a_node(self) -> int:
-        """Processes that share a machine's memory."""
-        return min(self.size, self.devices_per_node)
 
     @property
     def slowest_link(self) -> Link | None:

@@ -68,11 +68,12 @@ class RankEstimator:
         return self._on_rank(self.estimator.without_activations(config))
 
     def _on_rank(self, estimate: Estimate) -> Estimate:
-        of_way = _sharded if estimate.config.fsdp else _copied
-        return of_way(estimate, self.world_size, on_accelerator=self.estimator.has_host)
+        if not estimate.config.fsdp:
+            return _copied(estimate, self.world_size)
+        return _sharded(estimate, self.world_size, on_accelerator=self.estimator.has_host)
 
 
-def _copied(estimate: Estimate, world_size: int, *, on_accelerator: bool) -> Estimate:
+def _copied(estimate: Estimate, world_size: int) -> Estimate:
     """By DDP: all that there is, and its buckets, through which gradients are summed once a step."""
     state = estimate.state
     buckets = state.gradient_bytes - state.row_gradient_bytes
@@ -105,11 +106,10 @@ def _sharded(estimate: Estimate, world_size: int, *, on_accelerator: bool) -> Es
         "activations": max(0, device["activations"] - whole),
     }
     again = sum(unit.num_gathers * num_bytes for unit, num_bytes in zip(units, gathered, strict=True))
-    routers = sum(p.num_numbers * p.itemsize for unit in units for p in unit.parts if p.is_replica)
     sent = {
         "all-gather": _ring(batches * again, world_size),
         "reduce-scatter": _ring(sum(unit.reduced_bytes(world_size, cast) for unit in units), world_size),
-        "all-reduce": _ring(2 * routers, world_size),
+        "all-reduce": _ring(2 * _router_bytes(units), world_size),
         "all-reduce of rows": _rows_sent(estimate, world_size),
     }
     numbers = sum(p.shard_numbers(world_size) for unit in units for p in unit.parts if p.is_trained)
@@ -132,6 +132,11 @@ def _shards(units: Iterable[Unit], world_size: int, *, trained: bool) -> int:
     return sum(unit.shard_bytes(world_size, trained=trained) for unit in units)
 
 
+def _router_bytes(units: Iterable[Unit]) -> int:
+    """Of a sparse adapter's routers, which are left whole in each process."""
+    return sum(part.num_numbers * part.itemsize for unit in units for part in unit.parts if part.is_replica)
+
+
 def _most_gathered(units: tuple[Unit, ...], gathered: list[int]) -> int:
     """What stays, and of the others the largest two that follow one another."""
     stay = sum(num for unit, num in zip(units, gathered, strict=True) if unit.stays_gathered)
@@ -148,8 +153,7 @@ def _gradients(estimate: Estimate, world_size: int, cast: int | None) -> tuple[i
     of_rows = state.row_gradient_bytes
     if estimate.config.gradient_accumulation_steps > 1:
         whole = sum(unit.gradient_bytes(cast) for unit in units)
-        routers = sum(p.num_numbers * p.itemsize for unit in units for p in unit.parts if p.is_replica)
-        return of_rows + whole + routers, 0
+        return of_rows + whole + _router_bytes(units), 0
     peak = None if estimate.trace is None else estimate.trace.peak()
     if peak is None or peak.layer is None:
         return of_rows, 0

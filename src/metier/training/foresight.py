@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import math
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from metier.methods.wrap import selects_experts
 from metier.planning.budget import machine_budget, workspace_bytes
 from metier.planning.clock import clock_here
 from metier.planning.estimate import TRACED, Estimate, Estimator
-from metier.planning.fit import Budget, Estimates, changed, smallest_change
+from metier.planning.fit import Estimates, changed, smallest_change
 from metier.planning.machine import fingerprint
 from metier.planning.sharding import RankEstimator
 from metier.planning.spelling import size
@@ -66,7 +65,7 @@ class Foresight:
         gc.collect()
         give_back_what_is_free()
         reset_peak_memory()
-        self.budget = _share(machine_budget(), ranks)
+        self.budget = machine_budget(in_a_node=ranks.local_size)
         # where there is one memory it is the process's that is measured
         self._workspace_bytes = 0 if torch.cuda.is_available() else workspace_bytes()
         self._own_bytes = 0 if torch.cuda.is_available() else peak_memory_bytes()
@@ -174,13 +173,6 @@ class Foresight:
             f"{self.config.model}: the run needs at least {wanted}, {size(lacking)} more than there is: {parts}, and "
             f"{size(self.budget.runtime_bytes)} of the process itself.\n{advice} Or run it all the same with --force."
         )
-
-
-def _share(budget: Budget, ranks: Ranks) -> Budget:
-    """What one of the processes on this machine may take; each has an accelerator of its own, if there are any."""
-    host = None if budget.host_bytes is None else budget.host_bytes // ranks.local_size
-    device = budget.device_bytes if torch.cuda.is_available() else budget.device_bytes // ranks.local_size
-    return dataclasses.replace(budget, device_bytes=device, host_bytes=host)
 
 
 def _held_beside_base(found: Estimate) -> int:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from documented_commands import blocks, words_of
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -31,17 +30,10 @@ DEPENDS_ON_THE_HOUR = {
 }
 
 
-def blocks(language: str = "") -> list[str]:
-    every = re.findall(r"^```(\w*)\n(.*?)^```$", SECTION, flags=re.MULTILINE | re.DOTALL)
-    return [block for its_language, block in every if its_language == language]
-
-
 def run(line: str, here: Path) -> str:
     """What the command says; `metier` is the one beside this very Python."""
-    words = shlex.split(line)
-    words[0] = str(Path(sys.executable).with_name(words[0]))
     begun = time.monotonic()
-    done = subprocess.run(words, cwd=here, capture_output=True, text=True, timeout=SECONDS, check=False)
+    done = subprocess.run(words_of(line), cwd=here, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     print(f"{line}: {time.monotonic() - begun:.0f} s")
@@ -62,7 +54,7 @@ def files(root: Path) -> set[str]:
 
 
 def test_six_runs_on_ray_find_what_they_find_without(tmp_path: Path) -> None:
-    (comparison,), (line,) = blocks("yaml"), blocks()
+    (comparison,), (line,) = blocks(SECTION, "yaml"), blocks(SECTION)
     (tmp_path / "comparison.yaml").write_text(comparison)
     (tmp_path / "here.yaml").write_text(comparison.replace("comparisons/six", "comparisons/here"))
     told = run(line.strip(), tmp_path)
