@@ -1,6 +1,8 @@
 """Serving many deltas in one batch against the base alone, and against one delta after the other, merged in between.
 
-    python benchmarks/serving.py                    about 20 minutes on two cores; writes benchmarks/results/serving.md
+    python benchmarks/serving.py            every part, one process each: about 25 minutes on two cores
+    python benchmarks/serving.py PART       one of them; its figures take the place of its last ones
+    python benchmarks/serving.py report     writes benchmarks/results/serving.md from the figures in serving.jsonl
 
 64 requests over 32 ESFT deltas and the base, each model's share in turn, greedy, 48 tokens each. Three ways in one
 process, in turn: all in one batch by their deltas; the same prompts all to the base; and delta by delta, where a
@@ -31,7 +33,8 @@ from pathlib import Path
 NUM_DELTAS, NUM_REQUESTS, NUM_TOKENS = 32, 64, 48
 REPEATS = 3
 PARTS = ("embedded", "olmoe-float32", "memory", "loading")
-RESULTS = Path(__file__).parent / "results" / "serving.md"
+REPORT = Path(__file__).parent / "results" / "serving.md"
+FIGURES = REPORT.with_suffix(".jsonl")
 
 
 def start(model: str, folder: Path, names: list[str], **settings):
@@ -95,14 +98,18 @@ class Merging:
 
     @contextlib.contextmanager
     def merged(self, name: str | None):
+        from metier.memory.openmp import end_workers
+
         saved = [(weight, ids, weight[ids].clone()) for weight, ids, _ in self.rows.get(name, ())]
         for weight, ids, rows in self.rows.get(name, ()):
             weight[ids] = rows
+        end_workers()  # of this thread, which would slow down those of the engine's
         try:
             yield
         finally:
             for weight, ids, rows in saved:
                 weight[ids] = rows
+            end_workers()
 
 
 async def one_by_one(engine, merging: Merging, prompts_by_name) -> float:
@@ -132,7 +139,6 @@ def check_answers(model, merging: Merging, asked, got) -> int:
 
 def throughput(kind: str) -> None:
     """One model's three ways; a line of JSON."""
-    import torch
     from serving_deltas import embedded_deltas, olmoe_deltas
 
     from metier.models.unwrap import bare_model
@@ -181,7 +187,6 @@ def throughput(kind: str) -> None:
         rates = {way: [total / each for each in taken] for way, taken in seconds.items()}
         line = {
             "kind": kind,
-            "threads": torch.get_num_threads(),
             "rates": rates,
             "mixed_of_base": [b / m for m, b in zip(seconds["mixed"], seconds["base"], strict=True)],
             "mixed_of_one_by_one": [o / m for m, o in zip(seconds["mixed"], seconds["one by one"], strict=True)],
@@ -190,7 +195,7 @@ def throughput(kind: str) -> None:
             "delta_bytes": sizes,
             "prompt_tokens": sum(map(len, texts)),
         }
-    print(json.dumps(line))
+    keep(line)
 
 
 def forget_prefixes(engine) -> None:
@@ -212,16 +217,18 @@ def memory() -> None:
         started = start(str(folder / "base"), folder, ["delta-00"])
 
         async def measure():
+            await asyncio.sleep(1)  # room for one delta more is made ready
             points = [(0, resident_bytes())]
             for number in range(1, 9):
                 status = await started.engine.load_delta(f"new-{number}", folder / f"delta-{number:02d}")
+                await asyncio.sleep(1)
                 points.append((points[-1][0] + status.num_bytes, resident_bytes()))
             await started.engine.close(grace_seconds=0)
             return points
 
         points = asyncio.run(measure())
     rows, held = points[-1][0], points[-1][1] - points[0][1]
-    print(json.dumps({"kind": "memory", "num_deltas": 8, "rows_bytes": rows, "grown_bytes": held}))
+    keep({"kind": "memory", "num_deltas": 8, "rows_bytes": rows, "grown_bytes": held})
 
 
 def loading() -> None:
@@ -249,52 +256,78 @@ def loading() -> None:
             while min(map(len, times)) < 30:
                 await asyncio.sleep(0.05)
             loads = []
-            for _ in range(8):
+            for number in range(8):  # beside each other: a delta in another's place finds its memory there
                 began = time.perf_counter()
-                status = await engine.load_delta("new", folder / "delta-01")
+                status = await engine.load_delta(f"new-{number}", folder / "delta-01")
                 loads.append((began, time.perf_counter()))
                 assert status.tier == "accelerator"
-                await asyncio.sleep(0.5)
-                await engine.unload_delta("new")
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(1)
             for task in tasks:
                 task.cancel()
             await engine.close(grace_seconds=0)
             return times, loads, status.num_bytes
 
         times, loads, num_bytes = asyncio.run(measure())
-    usual, during = [], []
+    usual, during, during_first = [], [], []
     for stream in times:
         for before, after in itertools.pairwise(stream[5:]):
-            touches = any(began < after and before < ended for began, ended in loads)
-            (during if touches else usual).append(after - before)
-    print(
-        json.dumps(
-            {
-                "kind": "loading",
-                "delta_bytes": num_bytes,
-                "load_seconds": [ended - began for began, ended in loads],
-                "step_seconds": statistics.median(usual),
-                "longest_usual_step_seconds": max(usual),
-                "longest_step_seconds_while_loading": max(during),
-            }
-        )
+            touched = [number for number, (began, ended) in enumerate(loads) if began < after and before < ended]
+            (usual if not touched else during if any(touched) else during_first).append(after - before)
+    keep(
+        {
+            "kind": "loading",
+            "delta_bytes": num_bytes,
+            "load_seconds": [ended - began for began, ended in loads],
+            "step_seconds": statistics.median(usual),
+            "longest_usual_step_seconds": max(usual),
+            "longest_step_seconds_while_loading": max(during),
+            "longest_step_seconds_while_the_first_loads": max(during_first),
+        }
     )
 
 
-def write_report(lines: list[dict]) -> None:
-    """`benchmarks/results/serving.md`."""
-    by_kind = {line["kind"]: line for line in lines}
-    load, held = by_kind.pop("loading"), by_kind.pop("memory")
-    ways = list(by_kind.values())
+def keep(line: dict) -> None:
+    """Put a part's figures into the place of those of the same part and number of threads."""
+    import torch
+
+    from metier.training.cell import hardware
+
+    line |= {"threads": torch.get_num_threads(), "cpu": hardware().get("cpu", platform.machine())}
+    line |= {name: version(name) for name in ("torch", "transformers")}
+    print(json.dumps(line))
+    kept = figures()
+    kept[line["kind"], line["threads"]] = line
+    FIGURES.write_text("".join(json.dumps(each) + "\n" for _, each in sorted(kept.items())), encoding="utf-8")
+
+
+def figures() -> dict[tuple[str, int], dict]:
+    """By part and number of threads."""
+    text = FIGURES.read_text(encoding="utf-8") if FIGURES.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
+    return {(line["kind"], line["threads"]): line for line in lines}
+
+
+def write_report() -> None:
+    """`benchmarks/results/serving.md`, of what was measured last of each part."""
+    kept = figures()
+    load = max((line for line in kept.values() if line["kind"] == "loading"), key=lambda line: line["threads"])
+    held = max((line for line in kept.values() if line["kind"] == "memory"), key=lambda line: line["threads"])
+    ways = [line for line in kept.values() if line["kind"] not in ("loading", "memory")]
     rows = []
     for line in ways:
         rate = {way: statistics.median(rates) for way, rates in line["rates"].items()}
-        rows.append(
-            f"| {line['kind']} | {rate['base']:.0f} | {rate['mixed']:.0f} | {rate['one by one']:.0f} "
-            f"| {_spread(line['mixed_of_base'], '{:.0%}')} | {_spread(line['mixed_of_one_by_one'], '{:.1f}')} "
-            f"| {line['num_answers'] - line['wrong']} of {line['num_answers']} |"
-        )
+        found = [
+            line["kind"],
+            line["threads"],
+            *(f"{rate[way]:.0f}" for way in ("base", "mixed", "one by one")),
+            _spread(line["mixed_of_base"], "{:.0%}"),
+            _spread(line["mixed_of_one_by_one"], "{:.1f}"),
+            f"{rate['base'] / rate['one by one']:.1f}",
+            f"{line['num_answers'] - line['wrong']} of {line['num_answers']}",
+        ]
+        rows.append(f"| {' | '.join(map(str, found))} |")
+    machines = {f"{line['cpu']}, torch {line['torch']}, transformers {line['transformers']}" for line in kept.values()}
+    ran_on = "; ".join(sorted(machines))
     sizes = {line["kind"]: [each / 1e6 for each in line["delta_bytes"]] for line in ways}
     memory = [f"| {kind} | {statistics.mean(of):.1f} MB | {sum(of):.0f} MB |" for kind, of in sizes.items()]
     text = f"""# Serving 32 deltas and their base in one batch
@@ -302,19 +335,25 @@ def write_report(lines: list[dict]) -> None:
     python benchmarks/serving.py
 
 {NUM_REQUESTS} requests in turn over the base and {NUM_DELTAS} ESFT deltas, greedy, {NUM_TOKENS} tokens each; median of
-{REPEATS} rounds and, in brackets, the range. {platform.machine()}, {os.cpu_count()} cores, torch {version("torch")},
-transformers {version("transformers")}.
+{REPEATS} rounds and, in brackets, the range. Run on: {ran_on}. Figures: `serving.jsonl`.
 
-Tokens a second; then the mixed batch's as a share and as a multiple of the others'; then how many answers are those of
-the merged models alone.
+Tokens a second; then the mixed batch's as a share and as a multiple of the others'; then what the base alone, in one
+batch, is of one delta after the other, which is as much as any mixed batch could reach; then how many answers are those
+of the merged models alone.
 
-| model | base alone | mixed | delta by delta | of base alone | times delta by delta | equal answers |
-|-|-|-|-|-|-|-|
+| model | threads | base alone | mixed | one by one | of base alone | times one by one | at most | equal answers |
+|-|-|-|-|-|-|-|-|-|
 {chr(10).join(rows)}
 
 The embedded model is in float32; its deltas replace the experts that its tasks' profiles select (top_p 0.2). The
 OLMoE-shaped one has four layers of 64 experts of 512, top-8, hidden size 1024, random; each delta replaces six experts
 a layer.
+
+What a mixed batch takes longer than the base alone is the reading of weights. With two requests a delta almost every
+expert of a delta that is used at all is used for one token. Of the OLMoE-shaped model a step of 64 tokens reads the 64
+experts of a layer, and mixed about 45 more: of the 64 experts six are a delta's own, and each of its two tokens picks
+eight. Of the embedded model it is 55 beside 32, smaller ones. One after the other the batch is two requests, which is
+where a processor is least efficient; the column "at most" says what the base's own batch makes of that.
 
 ## Memory
 
@@ -331,9 +370,11 @@ of the OLMoE-shaped model, {held["rows_bytes"] / 1e6:.1f} MB of rows, made the p
 A delta of {load["delta_bytes"] / 1e6:.0f} MB goes from the disk (in the page cache), checked against its sums, into
 service in {_spread([1000 * each for each in load["load_seconds"]], "{:.0f}")} ms, while eight answers run. Their
 usual step takes {1000 * load["step_seconds"]:.0f} ms ({1000 * load["longest_usual_step_seconds"]:.0f} the longest), the
-longest one that a load touches {1000 * load["longest_step_seconds_while_loading"]:.0f} ms.
+longest one that a load touches {1000 * load["longest_step_seconds_while_loading"]:.0f} ms, and
+{1000 * load["longest_step_seconds_while_the_first_loads"]:.0f} ms at the first load: steps leave a processor to what is
+read, and oneDNN compiles its bfloat16 products once more for the threads that are left.
 """
-    RESULTS.write_text(text, encoding="utf-8")
+    REPORT.write_text(text, encoding="utf-8")
 
 
 def _spread(values: list[float], form: str) -> str:
@@ -342,9 +383,11 @@ def _spread(values: list[float], form: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=PARTS)
+    parser.add_argument("part", nargs="?", choices=(*PARTS, "report"))
     part = parser.parse_args().part
-    if part == "loading":
+    if part == "report":
+        write_report()
+    elif part == "loading":
         loading()
     elif part == "memory":
         memory()
@@ -353,12 +396,8 @@ def main() -> None:
     else:
         import subprocess
 
-        lines = []
-        for each in PARTS:
-            done = subprocess.run([sys.executable, __file__, each], capture_output=True, text=True, check=True)
-            print(done.stdout.splitlines()[-1], flush=True)
-            lines.append(json.loads(done.stdout.splitlines()[-1]))
-        write_report(lines)
+        for each in (*PARTS, "report"):
+            subprocess.run([sys.executable, __file__, each], check=True)
 
 
 if __name__ == "__main__":

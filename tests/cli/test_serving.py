@@ -108,6 +108,13 @@ def test_budgets_are_passed_on_as_they_are_given(started: Started) -> None:
     }
 
 
+def test_deltas_are_pinned_by_their_names(started: Started, deltas: Path) -> None:
+    serve(
+        "--model", "embedded", "--delta", f"law={deltas / 'law'}", "--delta-dir", deltas / "runs", "--pin", "medicine"
+    )
+    assert started.engines[0]["options"] == {"tests_deltas": True, "pinned": ("medicine",)}
+
+
 def test_limits_become_the_servers_settings(started: Started, deltas: Path) -> None:
     limits = ["--max-concurrent", "5", "--max-prompt-tokens", "7", "--max-body", "1MiB", "--grace-seconds", "2"]
     serve("--model", "embedded", "--delta-dir", deltas, "--allow-loading", "--api-key", "s3cret", *limits)
@@ -167,6 +174,9 @@ def test_a_folder_is_served_by_its_own_name(started: Started, tmp_path: Path) ->
         (["--delta", "a/b={law}"], RequestError, "got 'a/b' as a delta's name"),
         (["--delta-dir", "{law}"], ConfigError, "has no sub-folder with an adapter_config.json"),
         (["--allow-loading"], ConfigError, "--allow-loading needs --delta-dir"),
+        (["--pin", "law"], ConfigError, "--pin law: expected a delta that is served: none is"),
+        (["--delta", "law={law}", "--pin", "lore"], ConfigError, "--pin lore: expected a delta that is served: law"),
+        (["--delta", "law={law}", "--pin", "law", "--on", "ray"], ConfigError, "Ray Serve decides which replica"),
         (["--device-memory", "much"], ConfigError, "device_memory: got 'much', expected a size such as 24GiB"),
         (["--port", "99999"], ServingError, "the server cannot listen there"),
     ],

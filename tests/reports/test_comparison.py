@@ -107,3 +107,12 @@ assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_says_whose_seconds_they_are(cells: Cells) -> None:
+    for cell in fill(cells).known():
+        if cell.label == "ESFT":
+            path = cells.folder(cell) / "result.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"hardware": {"cpu": "another"}}))
+    words = Page(write_comparison(Cells(cells.config)).read_text()).words
+    assert "Seconds are those of the runs on: one. Not run there: ESFT." in words

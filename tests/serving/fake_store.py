@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,8 @@ class FakeStore:
     may_place: threading.Event = field(default_factory=threading.Event)
     is_placing: threading.Event = field(default_factory=threading.Event)
     names: dict[int, str] = field(default_factory=dict)
+    to_ready: int = 0
+    """Pieces of work to be done where nothing else is to do."""
 
     def __post_init__(self) -> None:
         self.may_place.set()
@@ -44,3 +47,10 @@ class FakeStore:
             raise self.fails_to_remove
         del self.placed[handle]
         self.log.append(f"remove {self.names[handle]}")
+
+    def readying(self) -> Callable[[], None] | None:
+        return self._make_ready if self.to_ready else None
+
+    def _make_ready(self) -> None:
+        self.to_ready -= 1
+        self.log.append("ready")

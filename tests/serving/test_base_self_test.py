@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transformers.generation.continuous_batching.cache import PagedAttentionMemoryHandler
 
 from families.chain import made_model
 from families.configs import tiny_config
@@ -63,6 +64,16 @@ def test_a_cache_that_does_not_fit_is_refused() -> None:
     limits = BatchLimits(max_requests=2, max_batch_tokens=32, cache_tokens=10**13)
     with pytest.raises(ServingError, match="a KV cache of 10,000,000,000,000 tokens does not fit"):
         PagedBatch(made("olmoe"), limits, lambda _: None)
+
+
+def test_a_cache_that_nobody_asked_for_is_as_large_as_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PagedAttentionMemoryHandler, "get_available_memory", lambda _: 20_000_000)
+    asked = 10**6
+    limits = BatchLimits(max_requests=2, max_batch_tokens=32, cache_tokens=asked, fewer_will_do=True)
+    batch = PagedBatch(made("olmoe"), limits, lambda _: None)
+    assert 1000 < batch.cache_tokens < asked
+    enough = BatchLimits(max_requests=2, max_batch_tokens=32, cache_tokens=1000, fewer_will_do=True)
+    assert PagedBatch(made("olmoe"), enough, lambda _: None).cache_tokens == 1024
 
 
 @pytest.mark.slow

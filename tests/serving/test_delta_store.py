@@ -137,6 +137,27 @@ def test_a_delta_takes_the_bytes_of_its_own_rows(tmp_path: Path) -> None:
     assert 4 * pool.slot_bytes == delta.num_bytes
 
 
+def test_memory_is_made_ready_for_a_delta_as_large_as_the_largest(tmp_path: Path) -> None:
+    ready = Ready(tmp_path / "base")
+    pool = next(iter(ready.store._experts.values())).pool
+
+    def make_ready() -> int:
+        """How many slots are, at the end."""
+        while (work := ready.store.readying()) is not None:
+            work()
+        return pool.num_ready
+
+    assert make_ready() == 0
+    layers = moe_layers(ready.plain.model)
+    small, large = ({layers[0].index: [0], layers[-1].index: ids} for ids in ([2], [0, 1, 3]))
+    ready.store.place(ready.read(esft_in(tmp_path / "large", ready.plain, experts=large)))
+    assert make_ready() >= 4
+    ready.store.place(ready.read(esft_in(tmp_path / "small", ready.plain, experts=small)))
+    assert make_ready() >= 4
+    pool.take(pool.num_free)
+    assert ready.store.readying() is None
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_self_test_passes_and_leaves_the_base_as_it_was(kind: str, tmp_path: Path) -> None:
     ready = Ready(tmp_path / "base")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -56,3 +59,48 @@ def test_no_slot_is_ever_two_deltas(sizes: list[int]) -> None:
             made.give_back(held.pop(0))
         taken = [slot for slots in held for slot in slots]
         assert len(taken) == len(set(taken)) == 12 - made.num_free
+
+
+def test_slots_are_ready_that_were_written_or_made_ready() -> None:
+    made = pool(5)
+    assert made.num_ready == 0
+    made.make_ready(2 * made.slot_bytes)
+    assert made.num_ready == 2
+    taken = made.take(3)
+    assert made.num_ready == 0
+    made.give_back(taken[:1])
+    assert made.num_ready == 1
+    made.make_ready(1)
+    assert made.num_ready == 2
+    made.make_ready(10**6)
+    assert made.num_ready == made.num_free == 3
+
+
+def test_making_ready_leaves_alone_what_is_taken() -> None:
+    made = pool(4)
+    for slot in made.take(2):
+        for tensor in made.tensors.values():
+            tensor[slot] = 7
+    made.make_ready(10**6)
+    for tensor in made.tensors.values():
+        assert (tensor[:2] == 7).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts page faults as Linux does")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_slot_that_is_ready_is_written_without_page_faults(dtype: torch.dtype) -> None:
+    import resource
+
+    def num_faults(slot: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        made.write(slot, "up_proj", row)
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+    row = torch.ones(512, 2048, dtype=dtype)
+    num_pages = row.nbytes // mmap.PAGESIZE
+    made = RowPool({"up_proj": (512, 2048)}, 64, dtype=dtype)
+    made.write(60, "up_proj", row)  # whatever is needed to copy at all
+    made.make_ready(2 * made.slot_bytes)
+    first, second, third = made.take(3)
+    assert num_faults(first) + num_faults(second) < 0.1 * num_pages
+    assert num_faults(third) > 0.9 * num_pages

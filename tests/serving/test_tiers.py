@@ -528,6 +528,14 @@ def test_a_future_that_was_cancelled_puts_nothing_into_service(serve: Serve, cop
     assert [status.name for status in served.tiers.deltas()] == ["a", "c"]
 
 
+def test_room_is_made_ready_after_a_delta_has_come(serve: Serve, copy_of: CopyOf) -> None:
+    served = serve(num_slots=3)
+    served.store.to_ready = 3
+    served.load(copy_of("esft", "a"))
+    served.wait_until(lambda: len(served.store.log) == 4)
+    assert served.store.log == ["place a", "ready", "ready", "ready"]
+
+
 def test_nothing_runs_while_there_is_nothing_to_do(serve: Serve, copy_of: CopyOf) -> None:
     served = serve(num_slots=1)
     served.load(copy_of("esft", "a"), copy_of("esft", "b"))

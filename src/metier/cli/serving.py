@@ -33,6 +33,9 @@ def serve(
         list[Path] | None,
         typer.Option(help="Serve each delta (or run) in this folder by its folder's name; may be loaded from; repeat."),
     ] = None,
+    pin: Annotated[
+        list[str] | None, typer.Option(help="Name of a delta that is to stay on the accelerator; repeat.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for any.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at; 0 for any that is free.")] = 8000,
     base_name: Annotated[
@@ -86,6 +89,7 @@ def serve(
         raise ConfigError("serve: --allow-loading needs --delta-dir, the folder that deltas may be loaded from.")
     name = base_name or _base_name(model)
     deltas = _deltas(name, delta or (), delta_dir or (), may_be_none=allow_loading)
+    _check_pinned(pin or (), deltas, on_ray=deployment is not None)
     settings = HttpSettings(
         api_key=api_key or None,
         allowed_hosts=(*LOCAL, *(allow_host or ())) if host in LOCAL else (),
@@ -109,7 +113,7 @@ def serve(
         base_name=name,
         deltas=deltas,
         dtype=dtype,
-        options={**given, "tests_deltas": self_test},
+        options={**given, "tests_deltas": self_test} | ({"pinned": tuple(pin)} if pin else {}),
         http=settings,
         host=host,
         port=port,
@@ -141,6 +145,18 @@ def start(model: str, deltas: dict[str, Path], *, dtype: str, options: dict[str,
     from metier.serving.start import EngineSettings, start_engine
 
     return start_engine(model, deltas, dtype=dtype, settings=EngineSettings(**options))
+
+
+def _check_pinned(pinned: Sequence[str], deltas: dict[str, Path], *, on_ray: bool) -> None:
+    from metier.errors import ConfigError
+
+    if pinned and on_ray:
+        raise ConfigError("serve: --pin: Ray Serve decides which replica holds which deltas, so none can be pinned.")
+    for name in pinned:
+        if name not in deltas:
+            raise ConfigError(
+                f"serve: --pin {name}: expected a delta that is served: {', '.join(deltas) or 'none is'}."
+            )
 
 
 def _check_installed() -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from metier.errors import RowStoreError
+from metier.memory.pages import advise, libc, populate
 
 try:
     import resource
@@ -29,7 +30,6 @@ _PAGE = mmap.PAGESIZE
 # Linux; elsewhere parts are neither written behind nor given up, and the system does as it likes
 _WRITE, _WAIT = 2, 1 | 2 | 4
 _ZERO_RANGE = 0x10
-_POPULATE_READ, _POPULATE_WRITE = 22, 23
 
 
 @dataclass(slots=True, weakref_slot=True)
@@ -42,21 +42,21 @@ class MappedFile:
 
     def read_ahead(self, part: Tensor) -> None:
         """Ask the system to read a contiguous part of the tensor from the disk, without waiting for it."""
-        _advise(part, mmap.MADV_WILLNEED)
+        advise(part, mmap.MADV_WILLNEED)
 
     def make_present(self, part: Tensor, *, to_write: bool) -> None:
-        """Wait until a contiguous part is in memory, so that whoever uses it next finds it there without a fault."""
-        _advise(part, _POPULATE_WRITE if to_write else _POPULATE_READ)
+        """As `populate`."""
+        populate(part, to_write=to_write)
 
     def write_behind(self, part: Tensor, *, wait: bool = False) -> None:
         """Have the system write a contiguous part to the disk now; `wait` until it has, and its pages can be reused."""
-        if _libc is not None and hasattr(_libc, "sync_file_range"):
+        if libc is not None and hasattr(libc, "sync_file_range"):
             first, length = self._range(part)
-            _libc.sync_file_range(self.fd, ctypes.c_int64(first), ctypes.c_int64(length), _WAIT if wait else _WRITE)
+            libc.sync_file_range(self.fd, ctypes.c_int64(first), ctypes.c_int64(length), _WAIT if wait else _WRITE)
 
     def unmap(self, part: Tensor) -> None:
         """Take a contiguous part out of the process, though not yet out of memory; who touches it maps it again."""
-        _advise(part, mmap.MADV_DONTNEED)
+        advise(part, mmap.MADV_DONTNEED)
 
     def drop(self, part: Tensor) -> None:
         """Take an unmapped part out of memory; what of it was changed and not yet written stays."""
@@ -71,13 +71,13 @@ class MappedFile:
         first, length = self._range(part)
         inner = -(-first // _PAGE) * _PAGE
         whole = (first + length) // _PAGE * _PAGE - inner
-        if _libc is None or not hasattr(_libc, "fallocate") or whole <= 0:
+        if libc is None or not hasattr(libc, "fallocate") or whole <= 0:
             return False
-        return int(_libc.fallocate(self.fd, _ZERO_RANGE, ctypes.c_int64(inner), ctypes.c_int64(whole))) == 0
+        return int(libc.fallocate(self.fd, _ZERO_RANGE, ctypes.c_int64(inner), ctypes.c_int64(whole))) == 0
 
     def expect(self, *, in_order: bool) -> None:
         """Whether all of it will be read from end to end, or parts of it, of which the system is told."""
-        _advise(self.tensor, mmap.MADV_SEQUENTIAL if in_order else mmap.MADV_RANDOM)
+        advise(self.tensor, mmap.MADV_SEQUENTIAL if in_order else mmap.MADV_RANDOM)
 
     def _range(self, part: Tensor) -> tuple[int, int]:
         """Where a part is in the file: its first byte, and how many there are."""
@@ -137,23 +137,3 @@ def _allow_more_files(newest: int) -> None:
     if soft != resource.RLIM_INFINITY and newest > soft // 2:
         more = 2 * soft if hard == resource.RLIM_INFINITY else min(2 * soft, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
-
-
-def _advise(part: Tensor, advice: int) -> None:
-    # Python's own madvise is a method of its mmap objects, and torch makes the mapping here. A refusal is not an error:
-    # it is advice
-    start = part.data_ptr()
-    first = start - start % _PAGE
-    if _libc is not None and part.nbytes:
-        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(start + part.nbytes - first), ctypes.c_int(advice))
-
-
-def _load_libc() -> ctypes.CDLL | None:
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        return libc if hasattr(libc, "madvise") else None
-    except OSError:
-        return None
-
-
-_libc = _load_libc()

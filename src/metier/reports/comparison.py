@@ -159,7 +159,14 @@ def _costs_table(rows: Sequence[Row]) -> Markup:
                 units.size(costs["added_kv_bytes"]) if costs["added_kv_bytes"] else "",
             ]
         )
-    return table(head, body)
+    return join((table(head, body), tag("p", _timed_on(rows))))
+
+
+def _timed_on(rows: Sequence[Row]) -> str:
+    """Whose seconds they are: those of several machines side by side would compare the machines."""
+    untimed = [row.label for row in rows if not row.is_base and row.costs["step_seconds"] is None]
+    said = f"Seconds are those of the runs on: {rows[0].timed_on}."
+    return f"{said} Not run there: {', '.join(untimed)}." if untimed else said
 
 
 def _charts(rows: Sequence[Row]) -> Markup:

@@ -10,7 +10,6 @@ meanwhile could be another when it is copied than it was when it was hashed.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,13 +25,13 @@ from metier.deltas.format import DAMAGED, tensor_sum
 from metier.deltas.read import wrong_sum
 from metier.deltas.tensors_file import DTYPES, StoredTensor
 from metier.errors import CorruptDeltaError, DeltaError
+from metier.memory.openmp import OneThreadEach
+from metier.serving.side_work import SIDE_WORK, stand_back
 
 _PIECE_BYTES = 1 << 20
 _NUM_THREADS = 2
 _NICENESS = 4
-"""Four tenths of a step's share of a processor that both want: the 80 ms that 100 MB take of a processor are there in
-less than 150 where steps want all of two, and a step is held up by less than half of its time. With a tenth (10), a
-reader that holds Python's lock would keep the step waiting longer than that until other processes let it go on."""
+"""Where they want the same processor as a step, which leaves them others if there are any: four tenths of its share."""
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 Rows = Tensor | Sequence[Tensor]
 """Where a stored tensor goes: to one of its shape, or to one for each index of its first axis, in any float dtype."""
@@ -72,11 +71,11 @@ class CheckedReader:
     def __init__(self) -> None:
         self._local = threading.local()
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "delta-reader")
-        # one processor each: torch's own threads would take those of the running requests. It sets the number for the
-        # calling thread and for threads to come, so what it was is set again for the latter
-        num_threads, all_here = torch.get_num_threads(), threading.Barrier(_NUM_THREADS)
-        wait([self._threads.submit(_stand_back, all_here) for _ in range(_NUM_THREADS)])
-        torch.set_num_threads(num_threads)
+        # one processor each: torch's own threads would take those of the running requests
+        one_each = OneThreadEach(_NUM_THREADS)
+        begun = [self._threads.submit(_stand_back, one_each) for _ in range(_NUM_THREADS)]
+        one_each.wait()
+        wait(begun)
 
     def read(self, file: TensorFile, destinations: Mapping[str, Rows] | None = None) -> None:
         """Read all tensors of a file, check their sums, and copy them on.
@@ -93,8 +92,9 @@ class CheckedReader:
                 or not in the dtype that they are copied to.
         """
         job = _Job(file, destinations, deque(sorted(file.tensors, key=lambda name: -_num_bytes(file.tensors[name]))))
-        futures = [self._threads.submit(self._work, job) for _ in range(_NUM_THREADS)]
-        wait(futures)  # both: none may write on after the other has failed
+        with SIDE_WORK.beside(_NUM_THREADS):
+            futures = [self._threads.submit(self._work, job) for _ in range(_NUM_THREADS)]
+            wait(futures)  # both: none may write on after the other has failed
         for future in futures:
             future.result()
 
@@ -171,13 +171,10 @@ class _Job:
     """Tensors that no thread has begun; empty once one has failed."""
 
 
-def _stand_back(all_here: threading.Barrier) -> None:
+def _stand_back(one_each: OneThreadEach) -> None:
     """Take one processor for the calling thread, and that after those who compute answers."""
-    if sys.platform == "linux":  # where a thread has a priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-    torch.set_num_threads(1)
-    torch.get_num_threads()  # a thread takes the number over when it first asks, and keeps it
-    all_here.wait()  # else one thread would take both calls
+    stand_back(_NICENESS)
+    one_each.enter()  # waits for the other: else one thread would take both calls
 
 
 def _num_bytes(stored: StoredTensor) -> int:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,10 @@ from metier.serving.experts import ON_BASE, ServedExperts
 from metier.serving.linears import LinearLora, ServedLinear
 from metier.serving.row_pool import RowPool
 from metier.serving.served_delta import ServedDelta, ServedTensor
+from metier.serving.side_work import SIDE_WORK
+
+_READY_BYTES = 16 << 20
+"""Of memory made ready at once: a server that closes waits for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +60,8 @@ class DeltaStore:
         self._free = list(range(most_deltas, 0, -1))
         self._keys = itertools.count(1)
         self._lock = threading.Lock()
+        self._most_taken: dict[RowPool, int] = {}
+        """Slots of each pool that the largest delta so far took."""
         pools = _pools(layers, accelerator_bytes)
         self._experts: dict[int, ServedExperts] = {}
         self._linears: dict[str, ServedLinear] = {}
@@ -78,6 +86,7 @@ class DeltaStore:
         slots: dict[int, list[int]] = {}
         try:
             if delta.kind == "esft":
+                self._note_size(delta)
                 for layer, ids in delta.experts.items():
                     slots[layer] = self._experts[layer].pool.take(len(ids))
                 delta.copy_into(lambda tensor: self._rows(tensor, slots))
@@ -99,6 +108,20 @@ class DeltaStore:
     def remove(self, placed: PlacedDelta) -> None:
         """Take a delta away. No running request may use its number."""
         self._free_again(placed.number, placed.slots)
+
+    def readying(self) -> Callable[[], None] | None:
+        """Work by which memory is there for a delta as large as the largest so far; None once it is."""
+        for pool, num in list(self._most_taken.items()):
+            if pool.num_ready < min(num, pool.num_free):
+                return partial(_make_ready, pool)
+        return None
+
+    def _note_size(self, delta: ServedDelta) -> None:
+        taken: Counter[RowPool] = Counter()
+        for layer, ids in delta.experts.items():
+            taken[self._experts[layer].pool] += len(ids)
+        for pool, num in taken.items():
+            self._most_taken[pool] = max(num, self._most_taken.get(pool, 0))
 
     def _free_again(self, number: int, slots: dict[int, list[int]]) -> None:
         """Take from all layers what goes by a number."""
@@ -158,6 +181,11 @@ class DeltaStore:
     def _put(self, path: str, module: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         setattr(self._model.get_submodule(parent), name, module)
+
+
+def _make_ready(pool: RowPool) -> None:
+    with SIDE_WORK.beside(1):
+        pool.make_ready(_READY_BYTES)
 
 
 def _shapes(layer: MoELayer) -> tuple[tuple[str, tuple[int, ...], torch.dtype, torch.device, bool], ...]:

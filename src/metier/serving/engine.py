@@ -84,6 +84,11 @@ class Engine:
         self._numbers = itertools.count(1)
         self._is_closing = False
 
+    @property
+    def cache_tokens(self) -> int:
+        """As `PagedBatch.cache_tokens`."""
+        return self._batch.cache_tokens
+
     def start(self) -> None:
         """Begin to run steps."""
         self._batch.start()

@@ -6,6 +6,9 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from metier.memory.openmp import OneThreadEach
+from metier.serving.side_work import stand_back
+
 Work = Callable[[], None]
 
 
@@ -16,6 +19,8 @@ class LoaderThread:
         changed: the lock of all that work is decided by; notified by `wake` and `do`.
         find_work: called with the lock, where nothing is given to do and something changed; None for nothing.
         on_death: called, without the lock, if work raises, which is a fault of the program: nothing is done any more.
+        name: of the thread.
+        niceness: as `stand_back`.
     """
 
     def __init__(
@@ -24,13 +29,19 @@ class LoaderThread:
         *,
         find_work: Callable[[], Work | None],
         on_death: Callable[[BaseException], None],
+        name: str = "delta-loader",
+        niceness: int = 0,
     ) -> None:
         self._changed, self._find_work, self._on_death = changed, find_work, on_death
+        self._niceness = niceness
         self._given: deque[Work] = deque()
         self._has_news = False
         self._is_closing = False
-        self._thread = threading.Thread(target=self._run, name="delta-loader", daemon=True)
+        # what it computes is little, and workers of its own would slow down those of the running requests
+        self._one_thread = OneThreadEach(1)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+        self._one_thread.wait()
 
     def do(self, work: Work) -> None:
         """Something to do, after what was given before."""
@@ -52,6 +63,9 @@ class LoaderThread:
         self._thread.join()
 
     def _run(self) -> None:
+        if self._niceness:
+            stand_back(self._niceness)
+        self._one_thread.enter()
         try:
             while (work := self._next()) is not None:
                 work()

@@ -5,7 +5,7 @@ Whatever a move fails of, the book says afterwards where the delta really is, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -28,6 +28,12 @@ class DeltaStore(Protocol[Handle]):
 
     def remove(self, handle: Handle) -> None:
         """Give a delta's room back. No request uses it any more."""
+
+    def readying(self) -> Callable[[], None] | None:
+        """A little work by which the next delta is placed sooner; None where there is none left.
+
+        Both in a thread that stands back for all others.
+        """
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from metier.serving.block_attention import attend_blocks
+from metier.serving.side_work import SIDE_WORK
 
 NAME = "metier_paged"
 """As `model.set_attn_implementation` knows it."""
@@ -49,6 +50,7 @@ def paged_attention(
     if cache is None:
         keys_and_values, sizes = [(key, value)], [query.shape[2]]
     else:
+        SIDE_WORK.leave_room()
         is_plain = softcap is None and sinks is None and not sliding_window
         if is_plain and query.shape[2] == len(kwargs["cu_seq_lens_q"]) - 1:
             found = cache.store_each(key, value, layer_idx=module.layer_idx, kwargs=kwargs)

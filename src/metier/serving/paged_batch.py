@@ -24,6 +24,7 @@ from metier.serving import paged_attention
 from metier.serving.paged_cache import NOBODY, DeltaCache, cache_config
 from metier.serving.paged_requests import BatchRequest, Outputs, Router, Scheduler, failed
 from metier.serving.sampling import RequestSampler
+from metier.serving.side_work import SIDE_WORK
 from metier.serving.step import NO_DELTA, Step, make_step, running
 
 PAGE_TOKENS = 128
@@ -39,6 +40,8 @@ class BatchLimits:
     """Of one step: a longer prompt is taken in parts, between which others go on."""
     cache_tokens: int
     """Keys and values of so many tokens are kept."""
+    fewer_will_do: bool = False
+    """Where transformers holds that so many do not fit, as many as it holds do."""
 
 
 class PagedBatch:
@@ -66,7 +69,7 @@ class PagedBatch:
             processors.logits_processor.append(self._sampler)
             processors.tensors_required, processors.do_processing = 1, True
             self._manager.output_router = Router(self._deliver)
-            self._manager.batch_processor = self._processor()
+            self._manager.batch_processor = self._processor(limits)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ServingError(
                 f"serve: a KV cache of {limits.cache_tokens:,} tokens does not fit: {error}.\n"
@@ -84,6 +87,12 @@ class PagedBatch:
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
         ]
+
+    @property
+    def cache_tokens(self) -> int:
+        """Whose keys and values the cache has room for, of all requests together."""
+        num_blocks: int = self._cache.num_blocks
+        return num_blocks * PAGE_TOKENS
 
     @property
     def cache_used(self) -> float:
@@ -145,6 +154,7 @@ class PagedBatch:
         try:
             self._loop()
         finally:
+            SIDE_WORK.end()
             with self._lock:
                 self._is_running = False
                 left = list(self.requests.values())
@@ -167,18 +177,29 @@ class PagedBatch:
             # were cancelled, it would be nobody ever again
             processor.scheduler.block_new_requests = False
 
-    def _processor(self) -> ContinuousBatchProcessor:
-        """As the manager makes it, but with our cache."""
+    def _made_cache(self) -> DeltaCache:
+        """Of as many tokens as the manager's configuration has, or None for as many as fit."""
         manager, model = self._manager, self._model
-        config = model.config.get_text_config()
-        cache = DeltaCache(
-            config=cache_config(config),
+        return DeltaCache(
+            config=cache_config(model.config.get_text_config()),
             continuous_batching_config=manager.continuous_batching_config,
             device=model.device,
             distributed_helper=manager.distributed_helper,
             dtype=model.dtype,
             model_supports_logits_to_keep=model._supports_logits_to_keep(),
         )
+
+    def _processor(self, limits: BatchLimits) -> ContinuousBatchProcessor:
+        """As the manager makes it, but with our cache."""
+        manager, model = self._manager, self._model
+        config = model.config.get_text_config()
+        try:
+            cache = self._made_cache()
+        except MemoryError:
+            if not limits.fewer_will_do:
+                raise
+            manager.continuous_batching_config.num_blocks = None
+            cache = self._made_cache()
         cache.key_of, cache.on_match = self._key_of, self._note_match
         manager._use_prefix_sharing = cache.use_prefix_sharing
         update_cb_config_after_cache_creation(
@@ -218,6 +239,7 @@ class PagedBatch:
         """Tell the layers which token is whose."""
         if kwargs.get("cache") is None:
             return
+        SIDE_WORK.begin_step()
         states = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         requests = [self.requests[each.state.request_id] for each in states]
         parts = [(request.number, each.query_length) for request, each in zip(requests, states, strict=True)]
@@ -235,6 +257,7 @@ class PagedBatch:
     def _after(self, *_: Any) -> None:
         if self._entered is None:
             return
+        SIDE_WORK.end_step()
         self._entered.__exit__(None, None, None)
         self._entered = None
         for row, request in enumerate(self._counted):

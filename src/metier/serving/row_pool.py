@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metier.errors import ServingError
+from metier.memory.pages import populate
 from metier.serving.few_rows import are_small, empty_by_inputs
 
 
@@ -48,6 +49,8 @@ class RowPool:
             else torch.empty(num_slots, *shape, dtype=dtype, device=device)
             for name, shape in shapes.items()
         }
+        self._num_written = 0 if torch.device(device).type == "cpu" else num_slots
+        """The first slots, whose memory the system has given out; on a CPU it does as they are first written to."""
         # made when first used, as there may be many more slots than are ever taken
         self._matrices: dict[tuple[str, bool, int], Tensor] = {}
         self._free = list(range(num_slots - 1, -1, -1))
@@ -56,6 +59,27 @@ class RowPool:
     @property
     def num_free(self) -> int:
         return len(self._free)
+
+    @property
+    def num_ready(self) -> int:
+        """Free slots whose memory is there. They are taken before others."""
+        with self._lock:
+            return self._num_written - (self.num_slots - len(self._free))
+
+    def make_ready(self, num_bytes: int) -> None:
+        """Have the memory there of so many bytes of slots more, one slot at least; any thread may, and others go on.
+
+        A page of memory takes some microseconds when it is first written to, which a delta that comes would wait for.
+        """
+        with self._lock:
+            first = self._num_written
+        end = min(self.num_slots, first + max(1, num_bytes // self.slot_bytes))
+        for tensor in self.tensors.values():
+            whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+            row_bytes = tensor[0].nbytes
+            populate(whole[first * row_bytes : end * row_bytes], to_write=True)
+        with self._lock:
+            self._num_written = max(self._num_written, end)
 
     def take(self, num: int) -> list[int]:
         """Slots that are nobody's until they are given back.
@@ -69,7 +93,9 @@ class RowPool:
                     f"the pool of delta rows: got {num} experts to place, expected at most {len(self._free)}, as many "
                     f"of its {self.num_slots} slots are free.\nUnload deltas, or give deltas more memory."
                 )
-            return [self._free.pop() for _ in range(num)]
+            taken = [self._free.pop() for _ in range(num)]
+            self._num_written = max([self._num_written, *(slot + 1 for slot in taken)])
+            return taken
 
     def give_back(self, slots: Sequence[int]) -> None:
         """Free slots. No running request may use them any more."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from metier.errors import ConfigError, DeltaError
 from metier.memory.allocator import keep_memory
 from metier.memory.collector import keep_objects
+from metier.memory.openmp import end_workers
 from metier.models.load import load
 from metier.models.moe import is_dense, moe_layers
 from metier.serving.base_self_test import base_self_test
@@ -43,6 +44,8 @@ class EngineSettings:
     """In one batch."""
     max_waiting: int = 1024
     tests_deltas: bool = True
+    pinned: tuple[str, ...] = ()
+    """Deltas that stay on the accelerator."""
 
     def __post_init__(self) -> None:
         least = {"device_memory_bytes": 1, "delta_memory_bytes": 0, "cache_tokens": 1, "max_batch_tokens": 1}
@@ -109,7 +112,7 @@ def start_engine(
     try:
         differences = {}
         for name, folder in deltas.items():
-            tiers.load(name, folder).result()
+            tiers.load(name, folder, is_pinned=name in settings.pinned).result()
             if settings.tests_deltas:
                 with arrivals.using(tiers, name) as placed:
                     differences[name] = self_test(base, read_served_delta(folder, facts=facts), placed.number, name)
@@ -117,7 +120,9 @@ def start_engine(
     except BaseException:
         tiers.close()
         raise
+    end_workers()  # of this thread, which computes no more
     engine.start()
+    parted = replace(parted, cache_tokens=engine.cache_tokens)
     return Started(engine, loaded.tokenizer, parted, differences)
 
 
@@ -125,7 +130,10 @@ def _engine(
     base: PreTrainedModel, tiers: Tiers[PlacedDelta], settings: EngineSettings, *, cache_tokens: int, positions: int
 ) -> Engine:
     limits = BatchLimits(
-        max_requests=settings.max_requests, max_batch_tokens=settings.max_batch_tokens, cache_tokens=cache_tokens
+        max_requests=settings.max_requests,
+        max_batch_tokens=settings.max_batch_tokens,
+        cache_tokens=cache_tokens,
+        fewer_will_do=settings.cache_tokens is None,
     )
     return Engine(
         make_batch=lambda on_outputs: PagedBatch(base, limits, on_outputs),

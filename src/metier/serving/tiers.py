@@ -75,6 +75,10 @@ class Tiers(Generic[Handle]):
         self._is_closing = False
         self._error: BaseException | None = None
         self._thread = LoaderThread(self._changed, find_work=self._find_work, on_death=self._die)
+        self._behind = LoaderThread(
+            threading.Condition(), find_work=store.readying, on_death=self._die, name="delta-room", niceness=4
+        )
+        """Has room ready for the next delta."""
 
     @property
     def error(self) -> BaseException | None:
@@ -197,6 +201,7 @@ class Tiers(Generic[Handle]):
         with self._changed:
             self._is_closing = True
         self._thread.close()
+        self._behind.close()
         self._reader.close()
         self._fail_futures()
 
@@ -221,6 +226,7 @@ class Tiers(Generic[Handle]):
     def _bring_up(self, moves: Sequence[Move]) -> None:
         name = moves[-1].name
         error = self._mover.carry_out(moves)
+        self._behind.wake()
         with self._changed:
             self._services[name].has_failed = error is not None
             is_resident = self._residency.is_resident(name)
@@ -258,6 +264,7 @@ class Tiers(Generic[Handle]):
                 raise error
             if not moves:
                 delta.check()
+            self._behind.wake()
         except BaseException:
             self._take_away(name)
             raise

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 
-from metier.evaluation.comparison.cells import Cell, Cells
+from metier.evaluation.comparison.cells import RESULT, Cell, Cells
 from metier.evaluation.comparison.config import BASE, FULL
 from metier.evaluation.comparison.results import over_tasks, rows_of
 
@@ -72,3 +74,20 @@ def test_tasks_are_averaged_where_all_are_there(comparison, write) -> None:
     assert set(found) == {FULL, "ESFT"}
     assert found["ESFT"]["gain_share"] == 0.9
     assert found[FULL]["num_ties_with_best"] == 2
+
+
+def test_seconds_are_those_of_one_machine(comparison, write) -> None:
+    cells = filled(comparison, write, ESFT=19.0, LoRA=15.0)
+    for cell in cells.known():
+        # ESFT ran on both, LoRA on the slow one alone
+        is_slow = cell.label == "LoRA" or (cell.label == "ESFT" and cell.seed == 1)
+        machine = {"cpu": "slow" if is_slow else "fast", "threads": 2, "platform": f"kernel {cell.seed}"}
+        changes = {"hardware": machine, "step_seconds": 9.0 if is_slow else 1.5}
+        path = cells.folder(cell) / RESULT
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    rows = {row.label: row for row in rows_of(Cells(cells.config), "synopsis")}
+    assert rows["ESFT"].timed_on == "fast, 2 threads"
+    assert rows["ESFT"].costs["step_seconds"] == 1.5
+    assert rows["LoRA"].costs["step_seconds"] is None
+    assert rows["LoRA"].costs["delta_bytes"] == 4000
+    assert rows["ESFT"].num_seeds == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -19,6 +20,9 @@ COSTS = (
     "trained_parameters", "delta_bytes", "device_peak_bytes", "host_peak_bytes", "step_seconds", "added_latency",
     "added_kv_bytes", "foreseen_peak_bytes", "foreseen_step_seconds",
 )  # fmt: skip
+
+_SECONDS = ("step_seconds", "foreseen_step_seconds")
+"""Costs that are a machine's as much as a method's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +52,8 @@ class Row:
     is_tied_with_best: bool
     merges: bool
     costs: dict[str, float | None]
+    """Medians over the runs; seconds are those of one machine, None where the method has no run on it."""
+    timed_on: str
 
     @property
     def is_base(self) -> bool:
@@ -69,12 +75,13 @@ def rows_of(cells: Cells, task: str) -> list[Row]:
         there = [run for run in runs if run is not None]
         if there:
             found.append((candidate, there, best, None if default is None else default["test"]["score"]))
+    machine = timed_on([runs for _, runs, *_ in found])
     seeds = [_seeds(runs) for _, runs, *_ in found]
     leading = max(range(len(found)), key=lambda index: seeds[index].mean)
     # the base has no seeds to differ by
     apart = [differs_from_one(seeds[leading], seeds[0]), *(differs(seeds[leading], one) for one in seeds[1:])]
     rows = [
-        _row(cells, task, candidate, runs, rate, default, base, seeds[index], not apart[index])
+        _row(cells, task, candidate, runs, rate, default, base, seeds[index], not apart[index], machine)
         for index, (candidate, runs, rate, default) in enumerate(found)
     ]
     full = next((row for row in rows if row.method == "full"), None)
@@ -98,6 +105,7 @@ def _row(
     base: dict[str, Any],
     seeds: Seeds,
     is_tied: bool,
+    machine: str,
 ) -> Row:
     rates = [] if candidate is None else cells.rates(candidate)
     return Row(
@@ -117,8 +125,26 @@ def _row(
         default_score=default_score,
         is_tied_with_best=is_tied,
         merges=candidate is not None and bool(runs[0].get("merges")),
-        costs={name: _middle([run.get(name) for run in runs]) for name in COSTS},
+        costs={name: _cost(name, runs, machine) for name in COSTS},
+        timed_on=machine,
     )
+
+
+def machine_of(run: dict[str, Any]) -> str:
+    """The processor, its threads and the accelerator that a run had, in words."""
+    found = run["hardware"]
+    threads = f"{found['threads']} threads" if "threads" in found else None
+    return ", ".join(part for part in (found.get("accelerator"), found.get("cpu"), threads) if part)
+
+
+def timed_on(runs_by_row: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """The machine on which the most rows have a run: seconds of one are compared, those of others left out."""
+    rows = Counter(machine for runs in runs_by_row for machine in {machine_of(run) for run in runs})
+    return min(rows, key=lambda machine: (-rows[machine], machine))
+
+
+def _cost(name: str, runs: Sequence[dict[str, Any]], machine: str) -> float | None:
+    return _middle([run.get(name) for run in runs if name not in _SECONDS or machine_of(run) == machine])
 
 
 def _seeds(runs: Sequence[dict[str, Any]]) -> Seeds:
