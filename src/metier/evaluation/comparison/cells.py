@@ -45,6 +45,7 @@ class Cells:
         self.root = Path(config.output_dir)
         self._candidates = {candidate.label: candidate for candidate in config.candidates}
         self._read: dict[Cell, dict[str, Any]] = {}
+        self._folders: dict[Cell, Path] = {}
 
     def candidate(self, cell: Cell) -> Candidate:
         return self._candidates[cell.label]
@@ -62,6 +63,11 @@ class Cells:
         }
 
     def folder(self, cell: Cell) -> Path:
+        if cell not in self._folders:
+            self._folders[cell] = self._folder(cell)
+        return self._folders[cell]
+
+    def _folder(self, cell: Cell) -> Path:
         digest = hashlib.sha256(json.dumps(self.spec(cell), sort_keys=True, default=str).encode()).hexdigest()[:10]
         name = "".join(letter if letter.isalnum() else "-" for letter in f"{Path(cell.task).name} {cell.label}")
         return self.root / "cells" / f"{name[:60].strip('-')}-{cell.seed}-{digest}"
