@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from metier.errors import UnsupportedModelError
-from metier.models.base_parameters import base_modules, layer_index
+from metier.models.base_parameters import base_modules, language_layer_index
 from metier.models.encoder_decoder import refuse_encoder_decoder
 from metier.models.unwrap import bare_model
 
@@ -57,7 +57,7 @@ def attention_heads(model: nn.Module) -> list[AttentionHeads]:
     blocks: dict[str, dict[str, nn.Module]] = {}
     for path, module in base_modules(bare):
         parent, _, name = path.rpartition(".")
-        if isinstance(module, nn.Linear) and layer_index(f"{path}.") is not None:
+        if isinstance(module, nn.Linear) and language_layer_index(f"{path}.") is not None:
             blocks.setdefault(parent, {})[name] = module
     num_groups = getattr(config, "num_key_value_heads", None) or num_heads
     found = [_heads(path, children, num_heads, num_groups) for path, children in blocks.items() if _OUTPUT in children]
@@ -73,7 +73,7 @@ def attention_heads(model: nn.Module) -> list[AttentionHeads]:
 def _heads(path: str, children: dict[str, nn.Module], num_heads: int | None, num_groups: int | None) -> AttentionHeads:
     queries = next((name for name in reversed(_QUERIES) if name in children), None)
     keys = next((names for names in _KEYS_AND_VALUES if all(name in children for name in names)), None)
-    layer = layer_index(f"{path}.")
+    layer = language_layer_index(f"{path}.")
     if queries is None or keys is None or layer is None or not num_heads or not num_groups:
         raise UnsupportedModelError(
             f"{path}: attention has {', '.join(children)}, expected q_proj (or q_b_proj), k_proj and v_proj (or "

@@ -62,7 +62,7 @@ def base_parameters(model: nn.Module) -> list[BaseParameter]:
             owner=found[0][1],
             name=found[0][2],
             kind=_kind(found[0][0].rpartition(".")[0], found[0][1], found[0][2]),
-            layer=layer_index(found[0][0]),
+            layer=language_layer_index(found[0][0]),
             parameter=found[0][3],
             also_at=tuple(path for path, *_ in found[1:]),
         )
@@ -87,7 +87,7 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def layer_index(path: str) -> int | None:
+def language_layer_index(path: str) -> int | None:
     """The number of the decoder layer that `path` lies in; None outside of all, and in another modality."""
     found = LAYER_INDEX.findall(path)
     return int(found[-1]) if found and not OTHER_MODALITY.search(path) else None
@@ -109,4 +109,4 @@ def _kind(path: str, module: nn.Module, name: str) -> Kind:
         return "other"
     if name == "bias":
         return "bias"
-    return "linear" if layer_index(f"{path}.{name}") is not None else "output"
+    return "linear" if language_layer_index(f"{path}.{name}") is not None else "output"

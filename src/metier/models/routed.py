@@ -64,7 +64,7 @@ def routed_layers(model: nn.Module) -> list[MoELayer]:
     return added
 
 
-def layer_index(path: str) -> int:
+def decoder_layer_index(path: str) -> int:
     """The decoder layer that a module is in, counted from 0.
 
     Raises:
@@ -80,7 +80,7 @@ def layer_index(path: str) -> int:
 
 def _view(raw_path: str, mixture: MixtureOfChanges) -> MoELayer:
     return MoELayer(
-        index=layer_index(mixture.block_path),
+        index=decoder_layer_index(mixture.block_path),
         path=base_path(raw_path),
         experts=mixture,
         entry=mixture,

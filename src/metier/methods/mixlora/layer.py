@@ -17,7 +17,7 @@ from metier.methods.block_layer import BlockLayer
 from metier.methods.mixlora.config import MixLoraConfig
 from metier.methods.mixlora.mixture import Mixture
 from metier.models.dense_mlp import DenseMlp
-from metier.models.routed import layer_index
+from metier.models.routed import decoder_layer_index
 
 CANNOT_MERGE = (
     "a mixture's router gives each token other experts, so no one set of weights of the base could stand for it. "
@@ -40,7 +40,7 @@ class MixLoraLayer(BlockLayer):
 
     def __init__(self, base_layer: nn.Module, path: str, mlp: DenseMlp) -> None:
         super().__init__(base_layer, path)
-        self.mlp, self.index = mlp, layer_index(path)
+        self.mlp, self.index = mlp, decoder_layer_index(path)
         self.mixlora_router, self.mixlora_mixture = nn.ParameterDict(), nn.ModuleDict()
         self.balance: dict[str, StepLoss] = {}
 

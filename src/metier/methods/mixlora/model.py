@@ -16,7 +16,7 @@ from metier.methods.parameter_tuner import ParameterTuner
 from metier.models.dense_mlp import DenseMlp, dense_mlp
 from metier.models.feed_forward import feed_forward_paths
 from metier.models.moe import is_dense
-from metier.models.routed import layer_index
+from metier.models.routed import decoder_layer_index
 from metier.models.unwrap import bare_model, original_module
 from metier.routing.selection import ExpertSelection
 
@@ -91,7 +91,7 @@ class MixLoraModel(ParameterTuner):
         for raw_path, module in self.model.named_modules():
             if self._check_target_module_exists(peft_config, raw_path):
                 self._mlps[raw_path] = dense_mlp(original_module(module), raw_path)
-        _check_experts(peft_config.experts, [layer_index(path) for path in self._mlps], peft_config.num_experts)
+        _check_experts(peft_config.experts, [decoder_layer_index(path) for path in self._mlps], peft_config.num_experts)
         return peft_config
 
     def _chosen_modules(self, config: PeftConfig) -> list[str]:

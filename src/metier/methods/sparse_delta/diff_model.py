@@ -15,7 +15,7 @@ from metier.methods.sparse_delta.diff_layer import CANNOT_MERGE, DiffPruningLaye
 from metier.methods.sparse_delta.in_place import gathered_at
 from metier.methods.sparse_delta.layer import SparseDeltaLayer
 from metier.methods.sparse_delta.masks.top_entries import top_entries
-from metier.models.base_parameters import base_parameters, layer_index
+from metier.models.base_parameters import base_parameters, language_layer_index
 from metier.models.unwrap import bare_model
 
 
@@ -45,7 +45,7 @@ class DiffPruningModel(ModuleTuner):
         return list(dict.fromkeys(found.module_path for found in candidates(self.model, like)))
 
     def _new_layer(self, module: nn.Module, path: str, config: PeftConfig) -> nn.Module:
-        if layer_index(f"{path}.") is None:
+        if language_layer_index(f"{path}.") is None:
             mine = {id(parameter) for parameter in module.parameters(recurse=False)}
             for found in base_parameters(self.model):
                 if found.also_at and id(found.parameter) in mine:
