@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from metier.cli import app
 from metier.config import RunConfig
 from metier.errors import ConfigError, ModelError, UnsupportedModelError
-from metier.planning import budget
+from metier.planning import budget, estimate
 from metier.planning.clock import clock_here
 from metier.planning.estimate import KINDS, Estimator
 from metier.planning.fit import Budget, changed, smallest_change
@@ -54,6 +54,17 @@ def test_every_method_has_a_row_and_what_fits_is_marked(base):
     assert fits == {"esft": True, "expert_lora": True, "lora": True, "full": True, "meft": True}
     assert made.recommended is not None
     assert made.recommended.config.method == "full"
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("has_host", [True, False])
+def test_what_is_computed_again_leaves_holes_on_a_cpu(base, monkeypatch, checkpointing: bool, has_host: bool):
+    config, model = _run(base, gradient_checkpointing=checkpointing), tiny_model("deepseek_v2").config
+    with_holes = Estimator(model, has_host=has_host)(config).device_bytes
+    monkeypatch.setattr(estimate, "HOLES", 0.0)
+    without = Estimator(model, has_host=has_host)(config).device_bytes
+    holes = int(0.08 * without["temporaries"]) if checkpointing and not has_host else 0
+    assert with_holes == without | {"temporaries": without["temporaries"] + holes}
 
 
 def test_bytes_are_those_of_the_state_and_the_trace(base):

@@ -33,7 +33,7 @@ from metier.planning.step_time import step_time
 from metier.routing.routing_profile import RoutingProfile
 from metier.training.callbacks import peak_memory_bytes, reset_peak_memory
 
-OVER_PREDICTED = 0.06
+OVER_PREDICTED = 0.09
 """By so much of what was foreseen a run takes less at most, those of a few hundred megabytes left out:
 benchmarks/results/planner.md."""
 MEASURING_BYTES = 512 << 20
