@@ -82,6 +82,8 @@ def serve(
     from metier.planning.sizes import read_bytes
     from metier.serving.http.settings import HttpSettings
 
+    if pin and on != "local":
+        raise ConfigError("serve: --pin: Ray Serve decides which replica holds which deltas, so none can be pinned.")
     deployment = ray_settings(
         on, replicas=replicas, address=ray_address, autoscaling=autoscaling or (), cpus=replica_cpus
     )
@@ -89,7 +91,7 @@ def serve(
         raise ConfigError("serve: --allow-loading needs --delta-dir, the folder that deltas may be loaded from.")
     name = base_name or _base_name(model)
     deltas = _deltas(name, delta or (), delta_dir or (), may_be_none=allow_loading)
-    _check_pinned(pin or (), deltas, on_ray=deployment is not None)
+    _check_pinned(pin or (), deltas)
     settings = HttpSettings(
         api_key=api_key or None,
         allowed_hosts=(*LOCAL, *(allow_host or ())) if host in LOCAL else (),
@@ -147,11 +149,9 @@ def start(model: str, deltas: dict[str, Path], *, dtype: str, options: dict[str,
     return start_engine(model, deltas, dtype=dtype, settings=EngineSettings(**options))
 
 
-def _check_pinned(pinned: Sequence[str], deltas: dict[str, Path], *, on_ray: bool) -> None:
+def _check_pinned(pinned: Sequence[str], deltas: dict[str, Path]) -> None:
     from metier.errors import ConfigError
 
-    if pinned and on_ray:
-        raise ConfigError("serve: --pin: Ray Serve decides which replica holds which deltas, so none can be pinned.")
     for name in pinned:
         if name not in deltas:
             raise ConfigError(
