@@ -25,6 +25,7 @@ from metier.planning.step import Batch
 from metier.training import foresight as module
 from metier.training.foresight import Foresight, largest_batch
 from metier.training.run import train
+from metier.training.telling import peak_beside_foreseen
 from tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -251,3 +252,10 @@ def test_what_is_held_for_records_by_now_is_foreseen(config):
     before = foreseen()
     records = torch.ones(300 << 18)
     assert foreseen() - before == pytest.approx(records.nbytes, rel=0.05)
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_where_glibc_keeps_what_is_freed_the_peak_is_told_so(is_kept: bool) -> None:
+    said = peak_beside_foreseen(2 << 30, {"peak_memory_bytes": 1 << 30, "keeps_freed_memory": is_kept})
+    assert said.startswith("Peak memory 2 GiB, 1 GiB foreseen (-50.0%)")
+    assert ("without what glibc keeps" in said) == is_kept

@@ -16,7 +16,7 @@ from metier.config import POLICIES, RunConfig
 from metier.data.encode import IGNORED, Item
 from metier.distributed.ranks import Ranks
 from metier.errors import RunError
-from metier.memory.allocator import give_back_what_is_free
+from metier.memory.allocator import give_back_what_is_free, is_left_alone
 from metier.memory.memory_limit import held_bytes, memory_limit_bytes
 from metier.memory.process_memory import ProcessMemory
 from metier.methods.from_catalogue import NeedsWeightsError
@@ -123,6 +123,8 @@ class Foresight:
             "activation_bytes": sum(found.device_bytes[kind] for kind in TRACED),
             "peak_memory_bytes": found.total_device_bytes + found.host_bytes + own_bytes,
             "workspace_bytes": self._workspace_bytes,
+            # no run gives back then what it has freed, as is reckoned with
+            "keeps_freed_memory": not torch.cuda.is_available() and is_left_alone(),
             "forward_flops": found.trace.flops("forward"),
             "backward_flops": found.trace.flops("backward"),
             **times,

@@ -42,7 +42,8 @@ def peak_beside_foreseen(peak: int, foreseen: Mapping[str, float | str]) -> str:
     if "peak_memory_bytes" not in foreseen:
         return f"Peak memory {size(peak)}; what it would be was not foreseen: {foreseen['not_traced']}"
     expected = int(foreseen["peak_memory_bytes"])
-    return f"Peak memory {size(peak)}, {size(expected)} foreseen ({expected / peak - 1:+.1%})"
+    said = f"Peak memory {size(peak)}, {size(expected)} foreseen ({expected / peak - 1:+.1%})"
+    return f"{said}, without what glibc keeps as its variables are set" if foreseen.get("keeps_freed_memory") else said
 
 
 def step_beside_foreseen(seconds: float | None, foreseen: Mapping[str, float | str]) -> str:
