@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 
-from metier.catalogue import additive, hybrid, memory_efficient, reparameterized, selective
+from metier.catalogue import additive, hybrid, low_rank, memory_efficient, reparameterized, selective
 from metier.catalogue.method import Method
 from metier.errors import ConfigError
 
 KINDS = ("Additive", "Selective", "Reparameterized", "Hybrid", "Memory-efficient", "Baselines")
 
-_PARTS = (additive, selective, reparameterized, hybrid, memory_efficient)
+_PARTS = (additive, selective, low_rank, reparameterized, hybrid, memory_efficient)
 METHODS: dict[str, Method] = {method.name: method for part in _PARTS for method in part.METHODS}
 
 
