@@ -331,11 +331,10 @@ def tuned() -> None:
     lines = [line for line in _lines() if not line["is_held_out"]]
     # holes: such that what is most under-predicted is so by 3%
     lacking = []
-    for line in lines:
-        temporaries = line["predicted"]["temporaries"] / (1 + HOLES * line["checkpointing"])
+    for line in filter(lambda line: line["checkpointing"], lines):
+        temporaries = line["predicted"]["temporaries"] / (1 + HOLES)
         without = line["predicted_bytes"] - line["predicted"]["temporaries"] + temporaries
-        if line["checkpointing"]:
-            lacking.append((0.97 * line["peak_bytes"] - without) / temporaries)
+        lacking.append((0.97 * line["peak_bytes"] - without) / temporaries)
     beside = [line["peak_bytes"] - line["predicted_bytes"] + line["predicted"]["workspace"] for line in lines]
     upper = quantiles(beside, n=4)[2]
     # how much longer products and attention, and memory traffic, take in a step, by least squares of relative errors

@@ -57,7 +57,9 @@ def _limited(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
     monkeypatch.setattr(module, "machine_budget", lambda **_: Budget(num_bytes, None, 0))
 
 
-def test_what_was_foreseen_stands_beside_what_was_measured(config):
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_what_was_foreseen_stands_beside_what_was_measured(config, monkeypatch, is_kept: bool):
+    monkeypatch.setattr(module, "is_left_alone", lambda: is_kept)
     printed = Console(file=StringIO(), width=200)
     train(config, console=printed)
     written = json.loads((Path(config.output_dir) / "plan.json").read_text())
@@ -67,6 +69,7 @@ def test_what_was_foreseen_stands_beside_what_was_measured(config):
     # a model of a few hundred kilobytes is nothing beside the process
     assert predicted["peak_memory_bytes"] == pytest.approx(measured["peak_memory_bytes"], rel=0.5)
     assert "foreseen (" in printed.file.getvalue()
+    assert ("without what glibc keeps" in printed.file.getvalue()) == is_kept
 
 
 def test_a_run_whose_step_cannot_be_traced_goes_on_and_says_why_nothing_was_foreseen(config, monkeypatch):

@@ -11,7 +11,7 @@ _PAGE = mmap.PAGESIZE
 _POPULATE_READ, _POPULATE_WRITE = 22, 23  # Linux; Python has no names for them
 
 
-def load_libc() -> ctypes.CDLL | None:
+def _load_libc() -> ctypes.CDLL | None:
     """The C library, where it can be told."""
     try:
         found = ctypes.CDLL(None, use_errno=True)
@@ -20,7 +20,7 @@ def load_libc() -> ctypes.CDLL | None:
         return None
 
 
-libc = load_libc()
+libc = _load_libc()
 
 
 def advise(part: Tensor, advice: int) -> None:
