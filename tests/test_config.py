@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from metier.config import RunConfig
+from metier.config import RunConfig, passed_over
 from metier.config_reading import describe_fields, load_run_config
 from metier.errors import ConfigError
 
@@ -33,11 +33,11 @@ def test_overrides_go_before_the_file(tmp_path: Path) -> None:
 
 def test_values_of_the_command_line_are_parsed_by_the_fields_type() -> None:
     config = load_run_config(
-        None, [*REQUIRED, "--bf16", "--method", "full", "--top_p", "1", "--model=7", "--save-steps", "5"]
+        None, [*REQUIRED, "--bf16", "--method", "expert_lora", "--top_p", "1", "--model=7", "--save-steps", "5"]
     )
     assert (config.bf16, config.method, config.top_p, config.model, config.save_steps) == (
         True,
-        "full",
+        "expert_lora",
         1.0,
         "7",
         5,
@@ -156,3 +156,20 @@ def test_every_field_says_what_it_means() -> None:
     assert [name for name, *_ in described] == own_keys()
     assert all(meaning.endswith((".", "…")) and len(meaning) > 20 for *_, meaning in described)
     assert described[0][1:3] == ("a text", "required")
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "said"),
+    [
+        ("lora", {"top_p": 0.2}, "top_p: method lora selects no experts, so this would be passed over"),
+        ("full", {"selection": "s.json"}, "selection: method full selects no experts"),
+        ("vera", {"score": "gate", "select_top_k": 2}, "score, select_top_k: method vera selects no experts"),
+        ("esft", {"meft_r": 64}, "meft_r: is of method meft, and would be passed over by esft"),
+    ],
+)
+def test_keys_that_the_method_would_pass_over_are_refused(method: str, keys: dict, said: str) -> None:
+    values = {"model": "m", "dataset": "d", "output_dir": "o"}
+    with pytest.raises(ConfigError, match=said):
+        RunConfig(**values, method=method, **keys)
+    RunConfig(**values, method=method)
+    assert set(keys) <= passed_over(method)

@@ -6,7 +6,7 @@ Torch-free, so that the command line stays quick.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -244,6 +244,15 @@ class RunConfig:
             )
         if method.config is None and method.name != "expert_lora" and (unused := self.lora_keys_set):
             raise ConfigError(f"{', '.join(unused)}: method {method.name} has no LoRA. Leave out what is of one.")
+        if not method.selects_experts and (unused := self._keys_set(SELECTION_KEYS)):
+            raise ConfigError(
+                f"{', '.join(unused)}: method {method.name} selects no experts, so this would be passed over. Leave it "
+                "out, or use esft or expert_lora, which train the experts that a task uses."
+            )
+        if method.name != "meft" and (unused := self._keys_set(MEFT_KEYS)):
+            raise ConfigError(
+                f"{', '.join(unused)}: is of method meft, and would be passed over by {method.name}. Leave it out."
+            )
 
     def _check_targets(self, method: Method) -> None:
         for part in self.target_parts or ():
@@ -261,10 +270,20 @@ class RunConfig:
         return {name: self.method_options.get(name, default) for name, default in defaults.items()}
 
     @property
+    def num_forward_passes(self) -> int:
+        """Over each batch; MeZO takes two for every direction, and no backward pass."""
+        directions: int | None = self.procedure_options.get("mezo_directions")
+        return 1 if directions is None else 2 * directions
+
+    @property
     def lora_keys_set(self) -> tuple[str, ...]:
         """Keys of LoRAs that are not at their defaults."""
-        fields = {one.name: one.default for one in dataclasses.fields(self)}
-        return tuple(name for name in LORA_KEYS if getattr(self, name) != fields[name])
+        return self._keys_set(LORA_KEYS)
+
+    def _keys_set(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of them that are not at their defaults."""
+        defaults = {one.name: one.default for one in dataclasses.fields(self)}
+        return tuple(name for name in names if getattr(self, name) != defaults[name])
 
     @property
     def target_parts(self) -> tuple[str, ...] | None:
@@ -294,9 +313,20 @@ class RunConfig:
         return yaml.safe_dump({**values, **options}, sort_keys=False, allow_unicode=True)
 
 
+def passed_over(method: str) -> set[str]:
+    """Keys of a run for selected experts or a sparse adapter, where a method is about neither."""
+    selects = method_of(method).selects_experts
+    return {*(() if selects else SELECTION_KEYS), *(() if method == "meft" else MEFT_KEYS)}
+
+
 LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout")
 _GROUPS = ("shared_experts", "router", "attention", "norms")
 POLICIES = ("top_p", "select_top_k", "select_top_fraction", "select_budget_bytes")
+SELECTION_KEYS = (
+    "selection", "score", "score_scale", "minus_general", "profile_until_stable", "stability_threshold", *POLICIES,
+)  # fmt: skip
+"""Of runs that train selected experts alone."""
+MEFT_KEYS = tuple(one.name for one in dataclasses.fields(RunConfig) if one.name.startswith("meft_"))
 _AT_LEAST_ONE = (
     "profile_tokens",
     "select_top_k",

@@ -53,6 +53,12 @@ def test_an_unknown_method_names_the_nearest(name: str, nearest: str) -> None:
         method_of(name)
 
 
+@pytest.mark.parametrize("name", ["xlora", "EVA", "lora-ga", "corda", "loftq", "monteclora"])
+def test_what_peft_has_and_a_run_does_not_is_told_with_its_reason(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"method: got '{name}', which PEFT has and a run does not: "):
+        method_of(name)
+
+
 def test_what_makes_a_method_what_it_is_is_no_option() -> None:
     assert "use_dora" in option_types("lora")
     assert "use_dora" not in option_types("dora")

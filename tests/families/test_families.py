@@ -15,7 +15,7 @@ from families.discovery import contract_families, foreign_families, model_type
 from families.fresh import FreshProcesses
 from families.page import PAGE, row
 from families.unsupported import UNSUPPORTED
-from metier.config import RunConfig
+from metier.config import RunConfig, passed_over
 from metier.memory.frozen_model import frozen_weights
 from metier.methods.wrap import wrap
 from metier.planning.from_config import run_skeleton
@@ -91,9 +91,9 @@ PLANNABLE = [family for family in ALL if family not in UNSUPPORTED]
 def test_a_plan_from_the_configuration_is_that_of_the_built_model(family: str, tmp_path: Path) -> None:
     save_tiny(family, tmp_path)
     for method in sorted(set(METHODS) - set(NOT_FOR.get(family, ()))):
-        config = RunConfig(
-            model=str(tmp_path), dataset="d", output_dir=str(tmp_path), method=method, select_top_k=2, meft_r=32
-        )
+        sizes = {"select_top_k": 2, "meft_r": 32}
+        own = {name: value for name, value in sizes.items() if name not in passed_over(method)}
+        config = RunConfig(model=str(tmp_path), dataset="d", output_dir=str(tmp_path), method=method, **own)
         skeleton = run_skeleton(config)
         built = wrap(metier.load(tmp_path).model, config, skeleton.selection)
         expected = training_plan(built, method=method, selection=skeleton.selection)

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import metier
-from metier.config import RunConfig
+from metier.config import RunConfig, passed_over
 from metier.errors import ConfigError, SelectionError
 from metier.memory.frozen_model import load_frozen
 from metier.methods.wrap import wrap
@@ -90,6 +90,7 @@ def test_a_plan_is_that_of_the_built_model_to_the_byte(
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     paths = {"model": str(tmp_path / "base"), "output_dir": str(tmp_path / "run")}
     sizes = {"select_top_k": 2, "meft_r": 64, "meft_num_active_key_experts": 4}
+    sizes = {name: value for name, value in sizes.items() if name not in passed_over(method)}
     config = run(**paths, **sizes, method=method, **options)
     skeleton = run_skeleton(config)
     assert skeleton.state(config) == built(tmp_path / "base", config, skeleton.selection)

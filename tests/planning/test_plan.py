@@ -74,7 +74,7 @@ def test_bytes_are_those_of_the_state_and_the_trace(base):
     state = found.state
     assert found.device_bytes["trained weights"] == state.trained_bytes == 4 * state.num_trained
     assert found.device_bytes["optimizer state"] == 2 * state.trained_bytes
-    assert found.device_bytes["frozen weights"] == state.base_bytes
+    assert found.device_bytes["frozen weights"] == state.base_bytes + state.kept_bytes
     assert found.trace is not None
     both = sum(found.device_bytes[kind] for kind in ("activations", "temporaries", "gradients"))
     assert both == found.trace.peak_bytes
@@ -218,7 +218,7 @@ def test_nothing_is_no_memory():
     [
         (
             {"methods": ("esft", "lorra")},
-            "method: got 'lorra', expected some of esft, expert_lora, lora, meft, full, or",
+            "method: got 'lorra', which is no method. Did you mean 'lora'?",
         ),
         ({"labelled_share": 0.0}, r"labelled_share: must be in \(0, 1\], got 0.0"),
         ({"device_memory": "lots"}, "device_memory: got 'lots'"),
@@ -447,8 +447,8 @@ def test_the_room_of_rows_gradients_stays_from_step_to_step(base, store, has_hos
 
 def test_what_only_another_method_has_is_left_out_of_its_row(base):
     of_lora = {"lora_r": 4, "targets": "attention", "method_options": {"use_rslora": True}}
-    run = _run(base, method="lora", **of_lora)
+    run = _run(base, method="lora", select_top_k=None, **of_lora)
     made = plan(run, methods=("lora", "full", "esft"), device_memory="8GiB")
-    assert [row.verdict for row in made.rows] == ["yes"] * 3
+    assert [row.verdict for row in made.rows] == ["yes"] * 3, [row.why_not for row in made.rows]
     assert [row.config.method_options for row in made.rows] == [{"use_rslora": True}, {}, {}]
     assert [row.config.lora_r for row in made.rows] == [4, 8, 8]

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import PreTrainedModel
 
+from measured_step import measured
 from metier.config import RunConfig
-from metier.data.encode import Encoded
 from metier.errors import UnsupportedModelError
-from metier.memory.step_gradients import step_gradients_of
-from metier.methods.meft import MeftLayer
-from metier.methods.wrap import wrap
-from metier.models.moe import is_dense, moe_layers
-from metier.planning import step as module
 from metier.planning.from_config import run_skeleton
 from metier.planning.segments import Segment, StepTrace
-from metier.planning.step import Batch, columns_that_are_written, trace_step
-from metier.planning.trace import Operations, Tracer
-from metier.training.trainer import make_trainer
-from tiny_models import tiny_model, tiny_tokenizer
+from metier.planning.step import Batch, trace_step
+from metier.planning.trace import Operations
+from tiny_models import tiny_model
 
 BATCH = Batch(3, 128, 0.05)
 NUM_LAYERS = 8
@@ -44,51 +35,13 @@ def _config(method: str, folder: Path, *, checkpointing: bool, bf16: bool = Fals
         output_dir=str(folder),
         method=method,
         **({"lora_r": 4} if "lora" in method else {}),
-        meft_r=256,
+        **({"meft_r": 256} if method == "meft" else {}),
         dtype="float32",
         gradient_checkpointing=checkpointing,
         bf16=bf16,
         select_top_k=2 if method in ("esft", "expert_lora") else None,
         per_device_train_batch_size=BATCH.num_rows,
     )
-
-
-def _measured(
-    base: PreTrainedModel, config: RunConfig, selection, *, is_reserved: bool = False
-) -> tuple[int, Operations]:
-    """Peak and operations of the trainer's step, numbers and all; each layer's routes are those of the trace."""
-    model = wrap(base, config, selection)
-    labels = BATCH.labels_BT()[0].tolist()
-    item = Encoded(input_ids=list(range(6, 6 + BATCH.num_tokens)), labels=labels, origin="test")
-    trainer = make_trainer(
-        model,
-        tiny_tokenizer(),
-        [item] * BATCH.num_rows,
-        config,
-        Path(config.output_dir),
-        eval_items=None,
-        callbacks=[],
-    )
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        if hasattr(model, "peft_config"):
-            model.enable_input_require_grads()
-    inputs = next(iter(trainer.get_train_dataloader()))
-    module._route([] if is_dense(model) else moe_layers(model), BATCH, {}, 0)
-    trainer.current_gradient_accumulation_steps = 1
-    tracer = Tracer(None)
-    rows = [s.rows_NMWD for m in model.modules() if isinstance(m, MeftLayer) for s in m.stores.values()]
-    gradients = [step_gradients_of(p) for p in model.parameters()]
-    room = [one.reserve(torch.device("cpu")) for one in gradients if one is not None]
-    for tensor in (*model.parameters(), *model.buffers(), *rows, *room):
-        tracer.memory.known(tensor)
-    with tracer, nullcontext() if is_reserved else columns_that_are_written(base):
-        trainer.training_step(
-            trainer.accelerator.prepare_model(model.train()),
-            inputs,
-            torch.tensor(float((BATCH.labels_BT() >= 0).sum())),
-        )
-    return tracer.memory.peak, tracer.operations
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -100,7 +53,7 @@ def test_the_peak_of_a_sparse_adapter_is_the_trainers_up_to_which_rows_fire(fami
     base = tiny_model(family, num_hidden_layers=NUM_LAYERS)
     skeleton = run_skeleton(config, base.config)
     trace = trace_step(config, skeleton, BATCH)
-    peak, _ = _measured(base, config, skeleton.selection)
+    peak, _ = measured(base, config, skeleton.selection, BATCH)
     assert trace.peak_bytes == pytest.approx(peak, rel=FIRED)
 
 
@@ -128,8 +81,8 @@ def test_peak_and_operations_are_the_trainers(family, method, checkpointing, tmp
     is_reserved = method == "meft"
     trace = trace_step(config, skeleton, BATCH, is_reserved=is_reserved)
     assert len(set(trace.stands_for)) < NUM_LAYERS
-    measured = tiny_model(family, num_hidden_layers=NUM_LAYERS)
-    peak, operations = _measured(measured, config, skeleton.selection, is_reserved=is_reserved)
+    trained = tiny_model(family, num_hidden_layers=NUM_LAYERS)
+    peak, operations = measured(trained, config, skeleton.selection, BATCH, is_reserved=is_reserved)
     assert trace.peak_bytes == pytest.approx(peak, rel=ROUNDING)
     flops = trace.flops("forward") + trace.flops("backward")
     # one layer's random routes stand for the others', which have as many pairs but not the same of trained experts
@@ -150,7 +103,7 @@ def test_in_mixed_precision_too(family, method, checkpointing, is_reserved, tole
     base = tiny_model(family, **sizes)
     skeleton = run_skeleton(config, base.config)
     trace = trace_step(config, skeleton, BATCH, is_reserved=is_reserved)
-    peak, _ = _measured(base, config, skeleton.selection, is_reserved=is_reserved)
+    peak, _ = measured(base, config, skeleton.selection, BATCH, is_reserved=is_reserved)
     assert trace.peak_bytes == pytest.approx(peak, rel=tolerance)
     plain = _config(method, tmp_path, checkpointing=checkpointing)
     in_float32 = trace_step(plain, run_skeleton(plain, base.config), BATCH, is_reserved=is_reserved)

@@ -12,7 +12,7 @@ import pytest
 from html_page import Page
 from metier.evaluation.comparison.cells import Cell, Cells
 from metier.evaluation.comparison.config import BASE, FULL, Candidate, ComparisonConfig, with_full
-from metier.reports.comparison import write_comparison
+from metier.reports.comparison import FRONT, OTHER, write_comparison
 
 
 @pytest.fixture
@@ -57,6 +57,26 @@ def test_the_page_has_every_method_and_escapes_names(cells: Cells) -> None:
     assert "&lt;b&gt;LoRA" in text
     assert text.count("<figure") == 8
     assert (path.parent / "comparison.png").stat().st_size > 10_000
+
+
+def test_ties_and_fronts_are_told_apart_by_shape_and_colour(cells: Cells) -> None:
+    page = Page(write_comparison(fill(cells)).read_text())
+    dots = [(tag, found["fill"]) for tag, found in page.elements if found.get("class") == "dot"]
+    # of three methods full fine-tuning and ESFT are tied, and cost the same
+    assert [tag for tag, _ in dots].count("rect") == 2 * 8
+    assert [tag for tag, _ in dots].count("circle") == 8
+    assert {color for tag, color in dots if tag == "circle"} == {OTHER}
+    assert FRONT in {color for tag, color in dots if tag == "rect"}
+    assert "Square: tied with the best score." in " ".join(page.words.split())
+
+
+def test_a_cache_of_its_own_is_no_blank(cells: Cells) -> None:
+    filled = fill(cells)
+    for path in (cells.root / "cells").glob("*LoRA*/result.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"added_kv_bytes": None, "added_latency": 0.3}))
+    text = write_comparison(Cells(filled.config)).read_text()
+    assert "a second one, of the network beside it" in text
+    assert "30%; nothing once merged" in text
 
 
 def test_the_words_say_ties_as_ties(cells: Cells) -> None:

@@ -63,7 +63,9 @@ def run(tmp_path: Path, records: Path, console, monkeypatch):
         tiny_model(FAMILIES[kind]).save_pretrained(base)
         tiny_tokenizer().save_pretrained(base)
         options = {**OPTIONS.get(name, {}), **changes.pop("method_options", {})}
-        values = {"learning_rate": 1e-2, "max_steps": 2, "logging_steps": 1, "max_length": 128, "top_p": 0.5, **changes}
+        values = {"learning_rate": 1e-2, "max_steps": 2, "logging_steps": 1, "max_length": 128, **changes}
+        if METHODS[name].selects_experts:
+            values["top_p"] = 0.5
         config = RunConfig(
             model=str(base),
             dataset=str(records),

@@ -206,6 +206,26 @@ def test_a_run_goes_on_from_the_last_checkpoint_that_was_written_in_full(
     assert same_bits(straight, delta(again.folder))
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "adapter_model.safetensors"])
+def test_a_checkpoint_that_has_lost_a_file_is_not_resumed_without_it(
+    name: str, configure: Configure, console: Console
+) -> None:
+    """The trainer itself would go on with a fresh optimizer, and say nothing."""
+    folder = train(configure(save_steps=2), console=console).folder
+    shutil.rmtree(folder / "adapter")
+    lost = folder / "checkpoints" / "checkpoint-4" / name
+    kept = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(RunError, match=rf"{re.escape(name)}: is missing, was written with {len(kept):,}"):
+        train(configure(save_steps=2, resume_from_checkpoint="last"), console=console)
+    lost.write_bytes(kept[:-1])
+    with pytest.raises(RunError, match=rf"{re.escape(name)}: has {len(kept) - 1:,} bytes, was written with"):
+        train(configure(save_steps=2, resume_from_checkpoint=str(lost.parent)), console=console)
+    # an older one is whole, and the run goes on when the file is back
+    lost.write_bytes(kept)
+    train(configure(save_steps=2, resume_from_checkpoint="last"), console=console)
+
+
 def test_an_incomplete_checkpoint_and_one_of_another_run_are_refused(configure: Configure, console: Console) -> None:
     result = train(configure(), console=console)
     torn = result.folder / "checkpoints" / "checkpoint-2"

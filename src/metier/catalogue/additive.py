@@ -86,7 +86,6 @@ METHODS = (
         defaults={"adapter_len": 10, "task_type": "CAUSAL_LM"},
         fill="metier.methods.filling:adaption_prompt",
         optimizer="own_loss",
-        not_traced="it is trained on the model's own loss, and the trace is of another",
     ),
     Method(
         name="shadow",
@@ -101,7 +100,6 @@ METHODS = (
         config="peft.ShadowConfig",
         defaults={"task_type": "CAUSAL_LM"},
         optimizer="own_loss",
-        not_traced="it is trained on the model's own loss, and the trace is of another",
     ),
     Method(
         name="prompt",
@@ -195,7 +193,6 @@ METHODS = (
         fill="metier.methods.filling:cpt",
         is_prompt=True,
         optimizer="own_loss",
-        not_traced="it is trained on the model's own loss, and the trace is of another",
         not_resumable="PEFT saves its changes as part of the embeddings",
     ),
     Method(

@@ -32,7 +32,6 @@ METHODS = (
         inference="the side network's passes and its own KV cache",
         merges=False,
         config="metier.methods.ladder.LadderConfig",
-        not_traced="the backward pass does not come by the layers, by which a trace repeats them",
     ),
     Method(
         name="lora_fa",
@@ -105,7 +104,6 @@ METHODS = (
         inference="nothing",
         merges=True,
         optimizer="mezo",
-        not_traced="a step has no backward pass, which is what is traced; it takes about as much as generating",
         procedure_options={"mezo_epsilon": 1e-3, "mezo_directions": 1},
         saves_whole_model=True,
     ),

@@ -60,8 +60,6 @@ class Method:
     """A training procedure of its own, by the name that `training/` knows it by; None is AdamW."""
     procedure_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of that procedure, with their defaults."""
-    not_traced: str = ""
-    """Why its step cannot be foreseen, as a clause; "" where it can."""
     not_resumable: str = ""
     """Why a run that stopped cannot be taken up again to the same bits, as a clause; "" where it can."""
     writes_base: bool = False

@@ -186,7 +186,6 @@ METHODS = (
         fits=(DENSE,),
         config="metier.methods.mixlora.MixLoraConfig",
         optimizer="auxiliary_loss",
-        not_traced="which experts its routers pick depends on numbers, which a trace has none of",
     ),
     Method(
         name="molora",
@@ -201,6 +200,5 @@ METHODS = (
         config="metier.methods.mixlora.MixLoraConfig",
         defaults={"num_experts": 4, "top_k": 4},
         optimizer="auxiliary_loss",
-        not_traced="which experts its routers pick depends on numbers, which a trace has none of",
     ),
 )

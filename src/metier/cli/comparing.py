@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,6 +15,7 @@ from metier.cli.app import Model, TrustRemoteCode, app, show, with_adapter
 if TYPE_CHECKING:
     from metier.evaluation.comparison.config import ComparisonConfig
     from metier.evaluation.comparison.schedule import Place
+    from metier.models.load import LoadedModel
 
 
 @app.command()
@@ -51,6 +54,7 @@ def compare(
     from metier.evaluation.comparison.cells import Cells, forget_failures
     from metier.evaluation.comparison.config import load_comparison
     from metier.evaluation.comparison.schedule import run_cells
+    from metier.evaluation.tasks import load_task
     from metier.reports.comparison import write_comparison
 
     if ray_address is not None and on != "ray":
@@ -59,6 +63,8 @@ def compare(
     if retry:
         forget_failures(cells, cells.failed())
     if not report_only:
+        for task in cells.config.tasks:
+            load_task(task)  # an unknown one is told before any run, not by every run of it
         with _place(cells.config, on, ray_address, jobs) as place:
             run_cells(cells, place, console=Console(), minutes=minutes)
     typer.echo(f"Report: {write_comparison(cells)}")
@@ -104,6 +110,9 @@ def evaluate(
         bool, typer.Option("--allow-code-execution", help="Run what the model wrote, where a task asks for it.")
     ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File for the scores, as JSON.")] = None,
+    base_format: Annotated[
+        Literal["int8", "nf4"] | None, typer.Option(help="Keep the base's weights as a run with that key had them.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score a model, with or without a delta, on a task and on general ability."""
@@ -115,7 +124,8 @@ def evaluate(
         if task is not None:
             raise ConfigError("evaluate: got --task and --harness, expected one of them. Call it twice.")
         common |= {"num_fewshot": fewshot, "apply_chat_template": chat_template}
-        show(_harness_scores(harness, include_path, model, adapter, trust_remote_code, output, common))
+        load_model = partial(_load_as, model, base_format, trust_remote_code)
+        show(_harness_scores(harness, include_path, load_model, adapter, output, common))
         return
     if include_path is not None or fewshot is not None or chat_template:
         raise ConfigError(
@@ -123,10 +133,9 @@ def evaluate(
         )
     from metier.evaluation.compare import compare
     from metier.evaluation.evaluate import evaluate as evaluate_model
-    from metier.models.load import load
     from metier.reports.console import comparison_table
 
-    loaded = load(model, trust_remote_code=trust_remote_code)
+    loaded = _load_as(model, base_format, trust_remote_code)
     scored = with_adapter(loaded.model, adapter)
     scores = evaluate_model(scored, loaded.tokenizer, task=task, general=general, **common)
     if output is not None:
@@ -151,23 +160,32 @@ def _place(config: ComparisonConfig, on: str, address: str | None, num_jobs: int
     return ray_place(config, host_memory_bytes, address=address, num_jobs=num_jobs)
 
 
+def _load_as(model: str, base_format: str | None, trust_remote_code: bool) -> LoadedModel:
+    """A model whose weights are as they were saved, or in fewer bits, as an adapter was trained beside them."""
+    if base_format is None:
+        from metier.models.load import load
+
+        return load(model, trust_remote_code=trust_remote_code)
+    from metier.memory.frozen_model import load_frozen
+
+    return load_frozen(model, store="device", weight_format=base_format, trust_remote_code=trust_remote_code)
+
+
 def _harness_scores(
     tasks: str,
     include_path: Path | None,
-    model: str,
+    load_model: Callable[[], LoadedModel],
     adapter: Path | None,
-    trust_remote_code: bool,
     output: Path | None,
     options: dict[str, Any],
 ) -> object:
     """The table of what lm-evaluation-harness finds; its tasks are looked for before the model is loaded."""
     from metier.evaluation.harness import evaluate_harness
     from metier.evaluation.harness_tasks import load_harness_tasks
-    from metier.models.load import load
     from metier.reports.harness import harness_table
 
     found = load_harness_tasks(tasks, include_path=include_path)
-    loaded = load(model, trust_remote_code=trust_remote_code)
+    loaded = load_model()
     result = evaluate_harness(with_adapter(loaded.model, adapter), loaded.tokenizer, found, **options)
     if output is not None:
         result.save(output)

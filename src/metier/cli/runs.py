@@ -14,6 +14,7 @@ from metier.config_reading import describe_fields, load_run_config
 if TYPE_CHECKING:
     from metier.planning.links import World
 
+_RUNS = Path("runs")
 RUN_KEYS = "\n\n".join(
     ["The keys of a run, in the YAML file or as options (--key value):"]
     + [f"{name}: {meaning} [{kind}; {default}]" for name, kind, default, meaning in describe_fields()]
@@ -59,7 +60,8 @@ def plan(
     context: typer.Context,
     run: Annotated[str | None, typer.Argument(metavar="[RUN.YAML]", help="YAML file of a run's keys.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="Instead of the run's own: one, several (esft,lora,full) or all.")
+        str | None,
+        typer.Option(help="Instead of the run's own: one, several (esft,lora,bitfit), all (the main five) or every."),
     ] = None,
     device_memory: Annotated[str | None, typer.Option(help="Such as 24GiB; this machine's if not given.")] = None,
     host_memory: Annotated[
@@ -82,7 +84,7 @@ def plan(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Learn from the runs in --runs; without any, measure this machine anew.")
     ] = False,
-    runs: Annotated[Path, typer.Option(help="Folder of former runs, for --calibrate.")] = Path("runs"),
+    runs: Annotated[Path, typer.Option(help="Folder of former runs, for --calibrate.")] = _RUNS,
 ) -> None:
     """Say what a run will take before it starts, from the model's configuration alone.
 
@@ -94,14 +96,20 @@ def plan(
         from metier.errors import ConfigError
         from metier.planning.learning import calibrate as learn
 
+        if runs != _RUNS and not runs.is_dir():
+            raise ConfigError(f"plan: --runs: there is no folder {runs}, and nothing was forgotten. Name another.")
         is_alone = run is None and not context.args
-        of_a_plan = (method, device_memory, host_memory, output, chart, device, profile)
+        of_a_plan = (
+            method, device_memory, host_memory, output, chart, device, profile, world_size, link, devices_per_node,
+        )  # fmt: skip
         if is_alone and any(option is not None for option in of_a_plan):
             raise ConfigError("plan: --calibrate without a run plans nothing. Name the run, or its --model.")
         show(learn(runs))
         if is_alone:
             return
-    config = _run_config(context, run, not_needed={"dataset": "-", "output_dir": "-"})
+    from rich.console import Console
+
+    from metier.catalogue.tree import METHODS as CATALOGUE
     from metier.planning.plan import METHODS
     from metier.planning.plan import plan as plan_runs
     from metier.reports.plan import check_chart, save_chart
@@ -110,17 +118,25 @@ def plan(
     if chart is not None:
         check_chart(chart)
     world = _world(world_size, link, devices_per_node)
-    chosen = None if method is None else list(METHODS) if method == "all" else method.split(",")
-    made = plan_runs(
-        config,
-        methods=chosen,
-        device_memory=device_memory,
-        host_memory=host_memory,
-        labelled_share=labelled_share,
-        device=device,
-        profile=None if profile is None else RoutingProfile.load(profile),
-        world=world,
-    )
+    several = {"all": METHODS, "every": tuple(CATALOGUE)}
+    chosen = None if method is None else several.get(method, method.split(","))
+    has_file = run is not None and not run.startswith("--")
+    if method in CATALOGUE and not has_file:
+        # the run's own method, with options of its own
+        context.args, chosen = [*context.args, "--method", method], None
+    config = _run_config(context, run, not_needed={"dataset": "-", "output_dir": "-"})
+    with Console(stderr=True).status("reading the configuration") as status:
+        made = plan_runs(
+            config,
+            methods=chosen,
+            device_memory=device_memory,
+            host_memory=host_memory,
+            labelled_share=labelled_share,
+            device=device,
+            profile=None if profile is None else RoutingProfile.load(profile),
+            world=world,
+            begun=status.update,
+        )
     show(made)
     if output is not None:
         made.save(output)

@@ -52,18 +52,15 @@ def put_on(model: PreTrainedModel, config: RunConfig, batches: Iterable[Batch] =
     check_fits(method, model)
     made = adapter_config(model, config)
     parts = target_parts(method, config, model)
-    if isinstance(made, SparseDeltaConfig) and made.needs_data:
-        prepare(model, made, batches)
     has_weights = not any(parameter.is_meta for parameter in model.parameters())
+    if isinstance(made, SparseDeltaConfig) and made.needs_data and has_weights:
+        prepare(model, made, batches)
     try:
         wrapped = peft.get_peft_model(model, made)
     except MetierError:
         raise
     except ImportError as error:
-        raise ConfigError(
-            f"{method.name}: a package is missing: {first_line(error)}\n"
-            f"Install it: pip install 'metier[{method.name}]'."
-        ) from error
+        raise _missing(method, error) from error
     except Exception as error:  # thirty methods of PEFT refuse in as many ways
         if not has_weights:
             raise NeedsWeightsError(
@@ -126,11 +123,9 @@ def adapter_config(model: PreTrainedModel, config: RunConfig) -> peft.PeftConfig
     known = {field.name for field in dataclasses.fields(kind)}
     options: dict[str, Any] = dict(method.defaults)
     options |= {name: getattr(config, name) for name in _OF_A_RUN if name in known and name not in method.defaults}
-    has_rank = "lora_alpha" in known and "r" in known and "r" not in method.defaults
-    if has_rank:
+    if _has_rank(method):
         options["r"] = _rank(config)
-    used = known | ({"lora_r"} if has_rank or method.name == "adalora" else set())
-    if unused := [name for name in config.lora_keys_set if name not in used or name in method.defaults]:
+    if unused := [name for name in config.lora_keys_set if name not in lora_keys_of(method)]:
         raise ConfigError(
             f"{', '.join(unused)}: {method.name} has no such option. `metier methods {method.name}` shows its own."
         )
@@ -139,17 +134,20 @@ def adapter_config(model: PreTrainedModel, config: RunConfig) -> peft.PeftConfig
     if parts:
         options["target_modules"] = modules_of(model, parts)
     elif method.targets and "target_modules" not in given:
+        there = part_paths(model)
+        usual = method.default_targets(is_moe="routed" in there)
         raise UnsupportedModelError(
             f"{method.name}: {type(model).__name__} has none of the parts that it usually goes on, "
-            f"{', '.join(method.targets)}. Name some of its {', '.join(part_paths(model))} by `targets`."
+            f"{', '.join(usual)}. Name some of its {', '.join(there)} by `targets`."
         )
     if method.fill is not None:
         module, _, name = method.fill.partition(":")
         fill = getattr(importlib.import_module(module), name)
         of_run = {"target_parts": parts, "names_modules": _names_modules(config), "lora_r": config.lora_r}
         options |= fill(model, {**options, **given, **of_run})
-    if isinstance(options.get("target_modules"), list):
-        options["target_modules"] = _in_layers(options["target_modules"], given.get("layers_to_transform"))
+    for name in ("target_modules", "target_parameters"):
+        if isinstance(options.get(name), list):
+            options[name] = _in_layers(options[name], given.get("layers_to_transform"))
     options |= given
     if "task_type" in known:
         options["task_type"] = "SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM"
@@ -157,8 +155,32 @@ def adapter_config(model: PreTrainedModel, config: RunConfig) -> peft.PeftConfig
         return kind(**options)
     except MetierError:
         raise
+    except ImportError as error:
+        raise _missing(method, error) from error
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{method.name}: {first_line(error)}") from error
+
+
+def lora_keys_of(method: Method) -> set[str]:
+    """Those keys of a run for LoRAs that the method reads."""
+    if method.config is None:
+        return set(LORA_KEYS) if method.name == "expert_lora" else set()
+    known = {field.name for field in dataclasses.fields(config_class(method))}
+    # as a rank a run has lora_r for all of them
+    used = {name for name in LORA_KEYS if name in known and name not in method.defaults}
+    return used | ({"lora_r"} if _has_rank(method) or method.name == "adalora" else set())
+
+
+def _has_rank(method: Method) -> bool:
+    """Whether its `r` is the rank of a LoRA, which a run calls `lora_r`."""
+    known = {field.name for field in dataclasses.fields(config_class(method))}
+    return "lora_alpha" in known and "r" in known and "r" not in method.defaults
+
+
+def _missing(method: Method, error: ImportError) -> ConfigError:
+    return ConfigError(
+        f"{method.name}: a package is missing: {first_line(error)}\nInstall it: pip install 'metier[{method.name}]'."
+    )
 
 
 def _names_modules(config: RunConfig) -> bool:
@@ -167,7 +189,7 @@ def _names_modules(config: RunConfig) -> bool:
 
 
 def _in_layers(paths: list[str], layers: int | list[int] | None) -> list[str]:
-    """Modules of some decoder layers; PEFT itself passes over that option where it is given whole paths."""
+    """Modules or parameters of some decoder layers; PEFT passes over that option where it is given whole paths."""
     if layers is None:
         return paths
     wanted = {layers} if isinstance(layers, int) else set(layers)

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
+from metier.catalogue.tree import method_of
 from metier.config import RunConfig
 from metier.errors import UnsupportedModelError
+from metier.methods.virtual_tokens import num_virtual_tokens
 from metier.methods.wrap import meft_config, selects_experts
+from metier.planning.as_method import as_method
 from metier.planning.from_config import run_skeleton
 from metier.planning.routes import Chances, assumed_chances, chances_of
 from metier.planning.segments import Peak, StepTrace
-from metier.planning.state import TrainingPlan
+from metier.planning.state import TrainingPlan, saved_bytes
 from metier.planning.step import Batch, trace_step
 from metier.planning.units import Unit, units_of
 from metier.routing.routing_profile import RoutingProfile
@@ -64,6 +67,12 @@ class Estimate:
     """What a sharded run would gather at once."""
     on_rank: OnRank | None = None
     """Of one process of several; bytes are that process's then."""
+    saved_bytes: int | None = None
+    """Of an adapter, as PEFT saves it; None where what is trained is what is saved."""
+    base_forward_flops: int | None = None
+    """Of the batch through the base alone; None where the delta can be merged, or that was not traced."""
+    num_virtual_tokens: int | None = 0
+    """Of each sequence's KV cache, what the method takes; None where a network beside the base has its own."""
 
     @property
     def total_device_bytes(self) -> int:
@@ -74,18 +83,23 @@ class Estimate:
         """Of what is saved: selected experts' rows in the base's dtype, what is trained otherwise as it is trained."""
         if selects_experts(self.config):
             return self.state.num_trained * self.base_itemsize
-        return self.state.trained_bytes
+        return self.state.trained_bytes if self.saved_bytes is None else self.saved_bytes
 
     @property
     def added_at_inference(self) -> float | None:
         """Operations that a token takes more than in the base, as a share of the base's; None where it is not traced.
 
-        Every other method's delta can be merged into the base; a sparse adapter stands beside it.
+        Nothing once the delta is merged, and for a prompt, whose tokens are read once (`num_virtual_tokens`).
         """
-        if self.config.method != "meft":
+        method = method_of(self.config.method)
+        if method.merges or method.saves_whole_model or method.is_prompt:
             return 0.0
         if self.trace is None:
             return None
+        if self.config.method != "meft":
+            base = self.base_forward_flops
+            return None if base is None else max(0.0, self.trace.flops("forward") / base - 1)
+        # each token has rows of its own, where a batch's share those of a Key-Expert
         sizes = meft_config(self.config).sizes
         candidates = sizes.num_active_key_experts * (sizes.r // sizes.num_key_experts)
         numbers = sizes.num_key_experts + candidates + sizes.top_k
@@ -117,6 +131,7 @@ class Estimate:
             "disk_bytes": self.disk_bytes,
             "delta_bytes": self.delta_bytes,
             "added_at_inference": self.added_at_inference,
+            "num_virtual_tokens": self.num_virtual_tokens,
             **traced,
             "not_traced": self.why_not_traced or None,
             "assumptions": list(self.assumptions),
@@ -160,23 +175,9 @@ class Estimator:
         Raises:
             MetierError: as `run_skeleton`.
         """
-        # where frozen weights are makes no difference to what is computed
-        alike = _one_batch(dataclasses.replace(config, base_store="device", base_format=None, base_folder=None))
         share = self.labelled_share if batch is None else batch.labelled_share
-        batch = batch or Batch(config.per_device_train_batch_size, config.max_length, share)
-        if (alike, batch) not in self._traces:
-            try:
-                skeleton = run_skeleton(alike, self.base, self.profile)
-                self._traces[alike, batch] = trace_step(
-                    alike,
-                    skeleton,
-                    batch,
-                    chances=self._chances(alike, skeleton.selection)[0],
-                    is_reserved=self.has_host,
-                )
-            except UnsupportedModelError as error:
-                self._traces[alike, batch] = str(error)
-        found = self._traces[alike, batch]
+        batch = batch or self._full_batch(config)
+        found = self._trace(_on_device(config), batch)
         known = self.without_activations(config)
         if isinstance(found, str):
             return dataclasses.replace(known, why_not_traced=found)
@@ -196,6 +197,31 @@ class Estimator:
             assumptions=(*known.assumptions, f"{share:.0%} of a batch's tokens have a loss, and it is full."),
             num_tokens=batch.num_rows * batch.num_tokens,
         )
+
+    def _trace(self, config: RunConfig, batch: Batch) -> StepTrace | str:
+        """Of a batch of a run with its weights on the device; or why there is none."""
+        if (config, batch) not in self._traces:
+            try:
+                skeleton = run_skeleton(config, self.base, self.profile)
+                chances = self._chances(config, skeleton.selection)[0]
+                found = trace_step(config, skeleton, batch, chances=chances, is_reserved=self.has_host)
+                self._traces[config, batch] = found
+            except UnsupportedModelError as error:
+                self._traces[config, batch] = str(error)
+        return self._traces[config, batch]
+
+    def base_forward_flops(self, config: RunConfig) -> int | None:
+        """Of a full batch through the base alone; None where the delta merges, or where that cannot be said."""
+        method = method_of(config.method)
+        is_asked = not (method.merges or method.saves_whole_model or method.is_prompt or config.method == "meft")
+        # a model's own loss looks at every position, labelled or not
+        if not is_asked or method.optimizer == "own_loss":
+            return None
+        found = self._trace(as_method(_on_device(config), "full"), self._full_batch(config))
+        return None if isinstance(found, str) else found.flops("forward")
+
+    def _full_batch(self, config: RunConfig) -> Batch:
+        return Batch(config.per_device_train_batch_size, config.max_length, self.labelled_share)
 
     def without_activations(self, config: RunConfig) -> Estimate:
         """The state alone, which is quick: less than the run will take."""
@@ -227,7 +253,12 @@ class Estimator:
             skeleton = run_skeleton(key, self.base, self.profile)
             said = (*skeleton.assumptions, self._chances(key, skeleton.selection)[1])
             units = units_of(skeleton.model, bf16=key.bf16, checkpointing=key.gradient_checkpointing)
-            self._counted[key] = _Counted(skeleton.state(key), units, skeleton.model.dtype.itemsize, said)
+            model = skeleton.model
+            of_a_sequence, saved = (
+                num_virtual_tokens(model),
+                saved_bytes(model, key.method, density=key.procedure_options.get("density", 1.0)),
+            )
+            self._counted[key] = _Counted(skeleton.state(key), units, model.dtype.itemsize, said, saved, of_a_sequence)
         return self._counted[key]
 
     def _state(self, config: RunConfig) -> Estimate:
@@ -237,7 +268,11 @@ class Estimator:
         rows = state.row_bytes + state.row_state_bytes if is_apart else 0
         stored = state.stored_bytes if config.base_store != "device" else 0
         device = {
-            "frozen weights": state.base_bytes - stored - (state.trained_bytes if config.method == "full" else 0),
+            "frozen weights": state.base_bytes
+            - stored
+            - (state.trained_bytes if method_of(config.method).saves_whole_model else 0)
+            + state.fixed_bytes
+            + state.kept_bytes,
             # two layers' at a time; a store in fewer bits on the device itself is not fetched
             "fetched weights": 2 * stored // max(1, len(state.rows) - 1)
             + state.row_bytes * (is_apart and self.has_host),
@@ -259,6 +294,8 @@ class Estimator:
             hidden_size=self.base.get_text_config().hidden_size,
             assumptions=counted.assumptions,
             units=counted.units,
+            saved_bytes=counted.saved_bytes,
+            num_virtual_tokens=counted.num_virtual_tokens,
         )
 
 
@@ -270,6 +307,13 @@ class _Counted:
     units: tuple[Unit, ...]
     base_itemsize: int
     assumptions: tuple[str, ...]
+    saved_bytes: int | None
+    num_virtual_tokens: int | None
+
+
+def _on_device(config: RunConfig) -> RunConfig:
+    """Where frozen weights are makes no difference to what is computed."""
+    return _one_batch(dataclasses.replace(config, base_store="device", base_format=None, base_folder=None))
 
 
 def _one_batch(config: RunConfig) -> RunConfig:

@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from metier.catalogue.tree import method_of
 from metier.config import RunConfig
+from metier.errors import ConfigError
 from metier.planning.estimate import Estimate
+from metier.planning.step import Batch
 
 BY_SCORE = ("full", "esft", "lora", "expert_lora", "meft")
 """Methods, the one with the highest task score first: benchmarks/results/quality.md, task records alone."""
@@ -56,8 +59,8 @@ class Change:
 class Estimates(Protocol):
     """Says what a run takes: of one process alone, or of one of several."""
 
-    def __call__(self, config: RunConfig) -> Estimate:
-        """All of it."""
+    def __call__(self, config: RunConfig, batch: Batch | None = None) -> Estimate:
+        """All of it, of a full batch where none is given."""
         ...
 
     def without_activations(self, config: RunConfig) -> Estimate:
@@ -76,7 +79,10 @@ def smallest_change(config: RunConfig, budget: Budget, estimator: Estimates) -> 
 
     def fitting(changes: Sequence[dict[str, Any]]) -> Change | None:
         keys = {key: value for change in changes for key, value in change.items()}
-        wanted = changed(config, keys)
+        try:
+            wanted = changed(config, keys)
+        except ConfigError:  # not with this method
+            return None
         # its state alone is known at once
         if not budget.fits(estimator.without_activations(wanted)):
             return None
@@ -106,7 +112,8 @@ def _changes(config: RunConfig, *, has_host: bool) -> Iterator[dict[str, Any]]:
     if rows > 1:
         batches = rows * config.gradient_accumulation_steps
         yield {"per_device_train_batch_size": 1, "gradient_accumulation_steps": batches}
-    if config.method in ("esft", "expert_lora", "meft") and not config.fsdp:
+    method = method_of(config.method)
+    if not (method.saves_whole_model or method.writes_base or config.fsdp):
         if config.base_store == "device" and has_host:
             yield {"base_store": "host"}
         if config.base_format is None:
@@ -117,10 +124,14 @@ def _changes(config: RunConfig, *, has_host: bool) -> Iterator[dict[str, Any]]:
             yield {"base_format": "nf4"}
     if config.select_top_k is not None and config.select_top_k > 1:
         yield {"select_top_k": config.select_top_k // 2}
-    if config.dtype == "float32":
+    elif config.select_top_fraction is not None:
+        yield {"select_top_fraction": config.select_top_fraction / 2}
+    if config.dtype in ("float32", "auto"):
         yield {"dtype": "bfloat16"}
-    if config.max_length > 256:
-        yield {"max_length": config.max_length // 2}
+    length = config.max_length
+    while length > 256:
+        length //= 2
+        yield {"max_length": length}
 
 
 def changed(config: RunConfig, keys: dict[str, Any]) -> RunConfig:

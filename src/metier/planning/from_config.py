@@ -74,6 +74,9 @@ def run_skeleton(
     selection, assumptions = _selection(bare, config, profile) if selects_experts(config) else (None, ())
     with torch.device("meta"):
         model = wrap(bare, config, selection)
+    if isinstance(model, peft.PeftModel) and getattr(model.active_peft_config, "needs_data", False):
+        said = "Which entries are trained, the data will say; they are taken to lie where a step costs most."
+        assumptions = (*assumptions, said)
     return Skeleton(model, selection, assumptions, stored)
 
 

@@ -30,8 +30,9 @@ def state_bytes_of(
         case "lisa" if in_layer:
             share = min(1.0, chosen["lisa_layers"] / max(1, num_layers))
             return int(num_bytes * share), int(2 * num_bytes * share)
-        case "galore" if in_layer and parameter.dim() == 2 and min(parameter.shape) > chosen["rank"]:
-            # two moments in the subspace, and the projection into it
-            numbers = chosen["rank"] * (2 * max(parameter.shape) + min(parameter.shape))
+        case "galore" if in_layer and parameter.dim() == 2:
+            # two moments in the subspace, and the projection into it, where the matrix is no larger than that too
+            rank = min(chosen["rank"], *parameter.shape)
+            numbers = rank * (2 * max(parameter.shape) + min(parameter.shape))
             return num_bytes, numbers * parameter.element_size()
     return num_bytes, 2 * num_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from rich.console import Group
 from transformers import PreTrainedConfig
 
 from metier.catalogue.tree import method_of
-from metier.config import LORA_KEYS, RunConfig
+from metier.config import RunConfig
 from metier.distributed.parting import for_ranks
 from metier.distributed.ranks import Ranks
 from metier.errors import ConfigError, MetierError, SelectionError, UnsupportedModelError
 from metier.methods.from_catalogue import NeedsWeightsError
 from metier.models.load import ignore_renamed_options
 from metier.models.skeleton import model_config
+from metier.planning.as_method import as_method
 from metier.planning.budget import machine_budget
 from metier.planning.clock import Clock, DeviceClock, clock_here
 from metier.planning.devices import Device, device_of
@@ -32,10 +33,11 @@ from metier.planning.pays import Pays, where_sharding_pays
 from metier.planning.sharding import DDP, FSDP2, RankEstimator
 from metier.planning.spelling import duration, size
 from metier.planning.step_time import StepTime, step_time
-from metier.planning.table import LONG, shown
+from metier.planning.table import LONG, MOST_COLUMNS, added_cache_bytes, shown
 from metier.routing.routing_profile import RoutingProfile
 
 METHODS = ("esft", "expert_lora", "lora", "meft", "full")
+"""That are unlike in what they take, and were measured beside each other most; any of the catalogue can be planned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,8 @@ class Row:
     """How several processes part it (`sharding.DDP`, `sharding.FSDP2`)."""
     link_seconds: float | None = None
     """To send what a step sends, if nothing is computed meanwhile; None where no link is named."""
+    is_open: bool = False
+    """Whether nothing is known of it before more is said: it begins from the weights, or lacks an option."""
 
     @property
     def name(self) -> str:
@@ -85,7 +89,8 @@ class Row:
         """Whether it fits, in a word or two."""
         if self.fits:
             return "yes"
-        return "no" if self.lacking_bytes or self.estimate is None else "not known"
+        cannot_be = self.estimate is None and not self.is_open
+        return "no" if self.lacking_bytes or cannot_be else "not known"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +113,9 @@ class Plan:
 
     @property
     def recommended(self) -> Row | None:
-        """Of those that fit, the method with the highest score where we measured."""
-        fitting = sorted((r for r in self.rows if r.fits), key=lambda row: BY_SCORE.index(row.config.method))
-        return fitting[0] if fitting else None
+        """Of those that fit, the method with the highest score where we measured; None where no such one fits."""
+        fitting = {row.config.method: row for row in reversed(self.rows) if row.fits}
+        return next((fitting[method] for method in BY_SCORE if method in fitting), None)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -130,7 +135,7 @@ class Plan:
             "device": self.device,
             "world_size": None if self.world is None else self.world.size,
             "sharding_pays": {pays.method: pays.as_dict() for pays in self.pays},
-            "runs": [_row_as_dict(row) for row in self.rows],
+            "runs": [_row_as_dict(row, self) for row in self.rows],
         }
 
     def save(self, path: Path) -> None:
@@ -152,18 +157,21 @@ def plan(
     device: str | None = None,
     profile: RoutingProfile | None = None,
     world: World | None = None,
+    begun: Callable[[str], None] | None = None,
 ) -> Plan:
     """What a run takes, or the runs of several methods.
 
     Args:
         config: the run; neither its data nor the model's weights need be there.
-        methods: to compare instead of the run's own; settings that belong to one method are left out for others.
+        methods: to compare instead of the run's own; settings that belong to one method are left out for others. Of
+            more than a table has columns for, no changes are looked for that would make one fit.
         device_memory, host_memory: such as "24GiB"; this machine's where they are not given.
         labelled_share: of the tokens that have a loss, in (0, 1].
         profile: of the data that will be trained on: which experts are selected, and how tokens choose.
         device: an accelerator (`devices.DEVICES`), whose memory counts where `device_memory` is not given.
         world: the processes of the run; bytes and seconds are those of one of them then, with copies of the weights and
             with shards, or with shards alone where the run says `fsdp`.
+        begun: is told the name of each method as its turn comes.
 
     Raises:
         ConfigError: a size, a method or a device that is none.
@@ -172,8 +180,7 @@ def plan(
     if not 0 < labelled_share <= 1:
         raise ConfigError(f"labelled_share: must be in (0, 1], got {labelled_share}.")
     for method in methods or ():
-        if method not in METHODS:
-            raise ConfigError(f"method: got {method!r}, expected some of {', '.join(METHODS)}, or all.")
+        method_of(method)
     ignore_renamed_options()
     wanted = None if device is None else device_of(device)
 
@@ -187,14 +194,20 @@ def plan(
     options: dict[str, Any] = {"labelled_share": labelled_share, "has_host": budget.host_bytes is not None}
     estimator = Estimator(base, profile=profile, **options)
     halves = [Estimator(base, profile=profile, half=half, **options) for half in (0, 1)] if profile is not None else []
-    configs = [config] if methods is None else [_as_method(config, method) for method in methods]
+    configs, refused = _configs(config, methods)
     pays: list[Pays | None] = []
+    alone, few = len(configs) + len(refused) == 1, len(configs) <= MOST_COLUMNS
     if world is None:
-        rows = [_row(each, budget, estimator, alone=len(configs) == 1) for each in configs]
+        rows = [_row(each, budget, estimator, alone=alone, few=few) for each in _one_by_one(configs, begun)]
     else:
-        rows = [_rank_row(each, budget, estimator, world) for one in configs for each in _ways(one)]
+        rows = [
+            _rank_row(each, budget, estimator, world, few=few)
+            for one in _one_by_one(configs, begun)
+            for each in _ways(one)
+        ]
         pays = [where_sharding_pays(each, estimator, budget_of, world.size) for each in configs]
-    rows = [_timed(row, halves, clock, budget) for row in rows]
+    rows = [_timed(_with_base(row, estimator), halves, clock, budget) for row in rows]
+    rows = sorted([*rows, *refused], key=lambda row: (methods or ()).index(row.config.method) if methods else 0)
     if clock is not None:
         clock.save()
     why = "" if clock is not None else "what computes is not this machine's CPU. Name it: --device rtx-4090."
@@ -263,15 +276,45 @@ def _cache_as_dict(cache: KvCache) -> dict[str, int]:
     }
 
 
-def _row(config: RunConfig, budget: Budget, estimator: Estimates, *, alone: bool) -> Row:
+def _configs(config: RunConfig, methods: Sequence[str] | None) -> tuple[list[RunConfig], list[Row]]:
+    """The runs to plan, and rows of methods that the run cannot have."""
+    found, refused = [], []
+    for method in (config.method,) if methods is None else methods:
+        try:
+            found.append(config if methods is None else as_method(config, method))
+        except ConfigError as error:
+            if len(methods or ()) == 1:
+                raise
+            plain = RunConfig(model=config.model, dataset=config.dataset, output_dir=config.output_dir, method=method)
+            refused.append(Row(plain, None, f"it cannot have this run's keys: {str(error).splitlines()[0]}"))
+    return found, refused
+
+
+def _with_base(row: Row, estimator: Estimator) -> Row:
+    """With what the base alone would take, where the delta cannot be merged into it."""
+    if row.estimate is None or row.estimate.trace is None:
+        return row
+    flops = estimator.base_forward_flops(row.config)
+    return dataclasses.replace(row, estimate=dataclasses.replace(row.estimate, base_forward_flops=flops))
+
+
+def _one_by_one(configs: Sequence[RunConfig], begun: Callable[[str], None] | None) -> Iterator[RunConfig]:
+    for config in configs:
+        if begun is not None:
+            begun(config.method)
+        yield config
+
+
+def _row(config: RunConfig, budget: Budget, estimator: Estimates, *, alone: bool, few: bool = True) -> Row:
     try:
         found = estimator(config)
     except MetierError as error:
         if alone:
             raise
-        return Row(config, None, str(error).splitlines()[0])
+        return Row(config, None, str(error).splitlines()[0], is_open=isinstance(error, NeedsWeightsError | ConfigError))
     lacking = budget.lacking_bytes(found)
-    change = smallest_change(config, budget, estimator) if lacking and found.trace is not None else None
+    is_asked = few and lacking and found.trace is not None
+    change = smallest_change(config, budget, estimator) if is_asked else None
     return Row(config, found, found.why_not_traced, lacking, change)
 
 
@@ -282,43 +325,28 @@ def _ways(config: RunConfig) -> list[RunConfig]:
     return [changed(config, {"fsdp": sharded}) for sharded in (False, True)]
 
 
-def _rank_row(config: RunConfig, budget: Budget, estimator: Estimator, world: World) -> Row:
+def _rank_row(config: RunConfig, budget: Budget, estimator: Estimator, world: World, *, few: bool) -> Row:
     """Of one process; what a run in so many refuses is refused here in its words."""
     way = FSDP2 if config.fsdp else DDP
     try:
         parted = for_ranks(config, Ranks(size=world.size))
     except ConfigError as error:
         return Row(config, None, str(error), way=way)
-    row = _row(parted, budget, RankEstimator(estimator, world.size), alone=False)
+    row = _row(parted, budget, RankEstimator(estimator, world.size), alone=False, few=few)
     on_rank = None if row.estimate is None else row.estimate.on_rank
     seconds = None if on_rank is None else world.seconds(on_rank.sent_bytes)
     return dataclasses.replace(row, way=way, link_seconds=seconds)
 
 
-def _as_method(config: RunConfig, method: str) -> RunConfig:
-    """The run with another method; what only another method has goes back to its default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
-    foreign: set[str] = set()
-    if not method_of(method).selects_experts:
-        foreign |= {name for name in defaults if name.startswith(("select", "train_", "top_p", "minus_general"))}
-    if method == "full":
-        foreign |= {"base_store", "base_format", "base_folder"}
-    if config.base_format == method_of(config.method).base_format:
-        foreign.add("base_format")
-    if method_of(method).config is None and method != "expert_lora":
-        foreign |= set(LORA_KEYS)
-    reset = {name: defaults[name] for name in foreign if name in defaults}
-    if method != config.method:
-        reset |= {"method_options": {}, "targets": None}
-    return changed(config, {"method": method, **reset})
-
-
-def _row_as_dict(row: Row) -> dict[str, Any]:
+def _row_as_dict(row: Row, plan: Plan) -> dict[str, Any]:
     known, max_steps = {} if row.estimate is None else row.estimate.as_dict(), row.config.max_steps
+    cache = None if row.estimate is None else added_cache_bytes(plan, row.estimate)
     return {
         "method": row.config.method,
         "way": row.way,
+        "batches_a_step": row.config.gradient_accumulation_steps,
         **known,
+        f"added_cache_bytes_at_{LONG}_tokens": cache,
         **({} if row.time is None else row.time.as_dict()),
         "seconds_in_all": None if row.time is None or max_steps is None else max_steps * row.time.seconds,
         "link_seconds": row.link_seconds,

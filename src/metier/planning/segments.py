@@ -47,10 +47,13 @@ class StepTrace:
     segments: tuple[Segment, ...]
     stands_for: tuple[int, ...]
     """For each of the model's layers the one that was traced in its place."""
+    num_forward_passes: int = 1
+    """Where a step has several, all alike."""
 
     def repeated(self) -> Iterator[Segment]:
         """The segments of the whole step, in order."""
-        yield from self._of("forward")
+        for _ in range(self.num_forward_passes):
+            yield from self._of("forward")
         yield from self._of("backward")
 
     @property
@@ -61,7 +64,8 @@ class StepTrace:
     def peak(self) -> Peak:
         """When the most is held, and how much."""
         live, most, left = 0, Peak(0, 0, "forward", None), len(self.stands_for)
-        for segment in self.repeated():
+        # what one forward pass leaves is gone in the next
+        for segment in (*self._of("forward"), *self._of("backward")):
             if segment.phase == "backward" and segment.layer is not None:
                 left -= 1
             if live + segment.peak_bytes > most.num_bytes:

@@ -15,6 +15,7 @@ from typing import Any
 from metier.config import RunConfig
 from metier.methods.wrap import meft_config
 from metier.planning.estimate import TRACED, Estimate, Estimator
+from metier.planning.step import Batch
 from metier.planning.units import Unit, cast_bytes
 
 GATHERED, SENT = "gathered weights", "gradients sent"
@@ -59,9 +60,9 @@ class RankEstimator:
     def __init__(self, estimator: Estimator, world_size: int) -> None:
         self.estimator, self.world_size = estimator, world_size
 
-    def __call__(self, config: RunConfig) -> Estimate:
+    def __call__(self, config: RunConfig, batch: Batch | None = None) -> Estimate:
         """What the process will take."""
-        return self._on_rank(self.estimator(config))
+        return self._on_rank(self.estimator(config, batch))
 
     def without_activations(self, config: RunConfig) -> Estimate:
         """The state alone, which is quick."""
@@ -97,7 +98,8 @@ def _sharded(estimate: Estimate, world_size: int, *, on_accelerator: bool) -> Es
     gradients, whole = _gradients(estimate, world_size, cast)
     device = {
         **device,
-        "frozen weights": _shards(units, world_size, trained=False),
+        # what is no parameter is whole in each
+        "frozen weights": _shards(units, world_size, trained=False) + state.kept_bytes,
         GATHERED: _most_gathered(units, gathered),
         "trained weights": trained + of_rows["trained weights"],
         "gradients": gradients,

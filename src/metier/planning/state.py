@@ -13,15 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from metier.catalogue.tree import method_of
 from metier.memory.frozen_model import StoredSizes, frozen_weights
 from metier.memory.frozen_weight import FrozenWeight
 from metier.memory.row_state import state_bytes
 from metier.methods.meft import MeftLayer
+from metier.methods.sparse_delta import SparseDeltaLayer
 from metier.methods.whole_module import COPIES
 from metier.models.layers import layer_stacks
 from metier.models.unwrap import bare_model, base_path, base_tensors
@@ -63,6 +65,10 @@ class TrainingPlan:
     """Of the trained bytes, a sparse adapter's rows."""
     row_state_bytes: int = 0
     """Of AdamW's moments, those rows'."""
+    kept_bytes: int = 0
+    """Of what the method holds beside all parameters: positions, fixed projections, the entries that it replaced."""
+    fixed_bytes: int = 0
+    """Of the method's own parameters that are not trained."""
 
     @property
     def num_trained(self) -> int:
@@ -159,7 +165,7 @@ def training_plan(
     """
     num_layers = sum(len(stack) for stack in layer_stacks(model))
     counts: dict[str, _Counts] = {}
-    base_bytes = row_bytes = row_state_bytes = 0
+    base_bytes = row_bytes = row_state_bytes = fixed_bytes = 0
     for name, parameter, is_adapter in _parameters(model):
         row = counts.setdefault(_layer_of(name), _Counts())
         if parameter.requires_grad:
@@ -174,8 +180,10 @@ def training_plan(
             row.num_frozen += parameter.numel()
         if isinstance(parameter, FrozenWeight):
             base_bytes += parameter.store.num_bytes
-        else:
-            base_bytes += 0 if is_adapter else parameter.numel() * parameter.element_size()
+        elif not is_adapter:
+            base_bytes += parameter.numel() * parameter.element_size()
+        elif not parameter.requires_grad:
+            fixed_bytes += parameter.numel() * parameter.element_size()
     for layer in model.modules():
         for store in layer.stores.values() if isinstance(layer, MeftLayer) else ():
             row = counts[_layer_of(f".{layer.path}.")]
@@ -207,7 +215,45 @@ def training_plan(
         stored_how=where,
         row_bytes=row_bytes,
         row_state_bytes=row_state_bytes,
+        kept_bytes=_kept_bytes(model),
+        fixed_bytes=fixed_bytes,
     )
+
+
+def saved_bytes(model: nn.Module, method: str, *, density: float) -> int | None:
+    """Of an adapter as PEFT saves it; None where what is trained is what is saved, or PEFT cannot say it.
+
+    Args:
+        model: wrapped by the method; no weights are read.
+        method: as in RunConfig.
+        density: that diff pruning leaves.
+    """
+    if not isinstance(model, PeftModel) or method == "meft" or method_of(method).selects_experts:
+        return None
+    if method == "diff_pruning":  # a sparse delta of the largest differences is saved
+        numbers: int = sum(p.numel() for name, p in model.named_parameters() if ".diff_pruning_values_" in name)
+        return 8 * max(1, int(density * numbers + 0.5))
+    try:
+        saved: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    except Exception:  # some of PEFT's look at numbers, and there may be none
+        return None
+    return sum(tensor.numel() * tensor.element_size() for tensor in saved.values())
+
+
+def _kept_bytes(model: nn.Module) -> int:
+    held: dict[int, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            beside = [child for name, child in module.named_children() if name != "base_layer"]
+        elif isinstance(module, BaseTuner):
+            beside = [child for name, child in module.named_children() if name != "model"]
+        else:
+            continue
+        held |= {id(buffer): buffer for child in beside for buffer in child.buffers()}
+    # the base's own entries, out of the way of a sparse delta's
+    layers = [module for module in model.modules() if isinstance(module, SparseDeltaLayer)]
+    replaced = sum(layer.replaced_bytes() for layer in layers)
+    return replaced + sum(buffer.numel() * buffer.element_size() for buffer in held.values())
 
 
 @dataclass(slots=True)

@@ -73,6 +73,10 @@ def step_time(estimate: Estimate, clock: Clock, *, free_bytes: int = 0) -> StepT
     in_rows = state.row_gradient_bytes // _GRADIENT_BYTES
     fired = _fired_share(estimate)
     stepped = state.num_trained - in_rows if estimate.on_rank is None else estimate.on_rank.num_stepped
+    if state.trained_bytes > state.row_bytes:
+        # of MeZO nothing has a gradient, and its moves are in the trace; of LISA some layers have
+        has_gradient = (state.gradient_bytes - state.row_gradient_bytes) / (state.trained_bytes - state.row_bytes)
+        stepped = round(min(1.0, has_gradient) * stepped)
     parts["optimizer"] = clock.optimizer(stepped, round(fired * in_rows))
     stored = state.stored_bytes if config.base_store != "device" else 0
     if config.base_format is not None:

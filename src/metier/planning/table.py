@@ -1,4 +1,4 @@
-"""A plan as people read it: a column for each method, and sentences below."""
+"""A plan as people read it: a column for each method, or a line where they are many, and sentences below."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from metier.catalogue.tree import method_of
+from metier.errors import UnsupportedModelError
 from metier.planning.devices import REACHED_BANDWIDTH, REACHED_RATE
 from metier.planning.estimate import KINDS, TRACED
 from metier.planning.kv_cache import KvCache
@@ -17,11 +19,29 @@ from metier.planning.sharding import PARTED_KINDS
 from metier.planning.spelling import count, duration, size
 
 if TYPE_CHECKING:
+    from metier.planning.estimate import Estimate
     from metier.planning.plan import Plan, Row
 
 LONG = 32_768
 """Tokens of the sequence for which the KV cache is shown."""
-_AFTER = ("device", "host", "disk", "delta", "TFLOPs", "moved", "step", "in all", "inference", "fits")
+_IN_THE_CACHE = ("prefix", "cartridge")
+"""Methods of PEFT that put a cache of their own in place of the model's."""
+MOST_COLUMNS = 8
+"""Methods that are shown side by side; more of them are a line each."""
+_AFTER = (
+    "device",
+    "host",
+    "disk",
+    "delta",
+    "forward",
+    "backward",
+    "moved",
+    "step",
+    "in all",
+    "inference",
+    "cache",
+    "fits",
+)
 _SENT = ("sent", "sending")
 """In several processes: bytes, and seconds where a link is named."""
 
@@ -34,7 +54,7 @@ def kinds_of(plan: Plan) -> tuple[str, ...]:
 def _lines(plan: Plan) -> tuple[str, ...]:
     """Of the table, from top to bottom."""
     sent = () if plan.world is None else _SENT
-    return ("trained", *kinds_of(plan), *_AFTER[:-2], *sent, *_AFTER[-2:])
+    return ("trained", *kinds_of(plan), *_AFTER[:-3], *sent, *_AFTER[-3:])
 
 
 def _cells(plan: Plan, row: Row) -> list[str]:
@@ -49,18 +69,39 @@ def _cells(plan: Plan, row: Row) -> list[str]:
         size(found.host_bytes),
         size(found.disk_bytes),
         size(found.delta_bytes),
-        "–" if trace is None else _teraflops(row.config.gradient_accumulation_steps, trace),
+        *_teraflops(row.config.gradient_accumulation_steps, trace),
         *_time_cells(row),
         *_sent_cells(row),
-        "–" if found.added_at_inference is None else f"+{found.added_at_inference:.0%}",
+        *_inference_cells(plan, found),
         row.verdict,
     ]
 
 
-def _teraflops(num_batches: int, trace: StepTrace) -> str:
-    """Of a step of the optimizer."""
-    number = num_batches * (trace.flops("forward") + trace.flops("backward")) / 1e12
-    return f"{number:.3g}" if number < 999.5 else f"{number:,.0f}"
+def _inference_cells(plan: Plan, found: Estimate) -> list[str]:
+    """When it generates: operations of a token, as a share of the base's, and bytes of a sequence's KV cache."""
+    added, grown = found.added_at_inference, added_cache_bytes(plan, found)
+    return ["–" if added is None else f"+{added:.0%}", "–" if grown is None else f"+{size(grown)}"]
+
+
+def added_cache_bytes(plan: Plan, found: Estimate) -> int | None:
+    """What a method's virtual tokens add to a long sequence's KV cache; None where that is not known."""
+    tokens, cache = found.num_virtual_tokens, plan.kv_cache
+    if not tokens or cache is None:
+        return 0 if tokens == 0 else None
+    if found.config.method not in _IN_THE_CACHE:
+        return cache.soft_prompt_bytes(tokens, num_tokens=LONG)
+    try:
+        return cache.prefix_bytes(tokens, num_tokens=LONG)
+    except UnsupportedModelError:
+        return None
+
+
+def _teraflops(num_batches: int, trace: StepTrace | None) -> list[str]:
+    """Of a step of the optimizer, forward and backward."""
+    if trace is None:
+        return ["–"] * 2
+    both = [num_batches * trace.flops("forward") / 1e12, num_batches * trace.flops("backward") / 1e12]
+    return [f"{number:.3g} TFLOPs" if number < 999.5 else f"{number:,.0f} TFLOPs" for number in both]
 
 
 def _time_cells(row: Row) -> list[str]:
@@ -88,6 +129,8 @@ def shown(plan: Plan) -> Group:
 
 
 def _table(plan: Plan) -> Table:
+    if _is_long(plan):
+        return _list(plan)
     table = Table(title=_title(plan), title_justify="left")
     table.add_column("at the peak of a step")
     for row in plan.rows:
@@ -96,6 +139,37 @@ def _table(plan: Plan) -> Table:
     for number, name in enumerate(_lines(plan)):
         table.add_row(name, *(column[number] for column in cells), end_section=name in ("trained", KINDS[-1], "disk"))
     return table
+
+
+def _list(plan: Plan) -> Table:
+    """Of many methods: a line each, with what tells them apart."""
+    table = Table(title=_title(plan), title_justify="left")
+    names = ("trained", "of the step", "device", "host", "delta", "step", "inference", "cache", "fits")
+    table.add_column("at the peak of a step")
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in plan.rows:
+        found = row.estimate
+        if found is None:
+            table.add_row(row.name, *["–"] * (len(names) - 1), row.verdict)
+            continue
+        is_traced = found.trace is not None
+        table.add_row(
+            row.name,
+            count(found.state.num_trained),
+            size(sum(found.device_bytes[kind] for kind in TRACED)) if is_traced else "–",
+            f"{'' if is_traced else '> '}{size(found.total_device_bytes)}",
+            size(found.host_bytes),
+            size(found.delta_bytes),
+            "–" if row.time is None else duration(row.time.seconds),
+            *_inference_cells(plan, found),
+            f"no: {size(row.lacking_bytes)} more" if row.lacking_bytes else row.verdict,
+        )
+    return table
+
+
+def _is_long(plan: Plan) -> bool:
+    return len({row.config.method for row in plan.rows}) > MOST_COLUMNS
 
 
 def _title(plan: Plan) -> str:
@@ -109,6 +183,10 @@ def _title(plan: Plan) -> str:
 
 def _remarks(plan: Plan) -> Iterable[Text]:
     best = plan.recommended
+    fitting = [row for row in plan.rows if row.fits]
+    if best is None and fitting:
+        said = f"{len(fitting)} methods fit" if _is_long(plan) else f"{', '.join(row.name for row in fitting)}: fits"
+        yield Text(f"{said}. Which scores best was not measured; metier compare does it on your task.")
     if best is not None:
         yield Text(f"{best.name} fits, and had the highest score of what fits where we measured.")
         deltas = {row.config.method: row.estimate.delta_bytes for row in plan.rows if row.fits and row.estimate}
@@ -120,7 +198,7 @@ def _remarks(plan: Plan) -> Iterable[Text]:
         if row.change is not None:
             total = row.change.estimate.total_device_bytes + plan.budget.runtime_bytes
             yield Text(f"{name} fits with {row.change}: {size(total)}.")
-        elif row.lacking_bytes:
+        elif row.lacking_bytes and not _is_long(plan):
             yield Text(f"{name} lacks {size(row.lacking_bytes)}; no change that is known here makes it fit.")
         elif row.why_not:
             yield Text(f"{name}: {row.why_not}")
@@ -181,7 +259,8 @@ def _in_several(plan: Plan) -> Iterable[Text]:
 def _serving(plan: Plan, cache: KvCache) -> Iterable[Text]:
     """How many sequences and deltas fit beside each other on the device that runs are planned for."""
     known = {row.config.method: row.estimate for row in plan.rows if row.estimate is not None}
-    deltas = {method: found.delta_bytes for method, found in known.items() if method != "full"}
+    whole = {method for method in known if method_of(method).saves_whole_model}
+    deltas = {method: found.delta_bytes for method, found in known.items() if method not in whole}
     if not known or not cache.token_bytes:
         return
     weights = next(iter(known.values())).state.base_bytes
@@ -198,9 +277,9 @@ def _serving(plan: Plan, cache: KvCache) -> Iterable[Text]:
 
 
 def _cache_in_words(cache: KvCache) -> str:
-    """Of every method alike: none that `metier plan` knows makes a sequence longer."""
+    """Of the base; what a method's virtual tokens add stands in the table."""
     kinds = ", ".join(dict.fromkeys(str(layer) for layer in cache.layers))
     return (
-        f"When it generates, whatever the method, the KV cache ({kinds}) takes {size(cache.token_bytes)} a token, "
+        f"When it generates, the KV cache ({kinds}) takes {size(cache.token_bytes)} a token, "
         f"{size(cache.bytes_for(LONG))} for a sequence of {LONG:,}."
     )

@@ -7,6 +7,7 @@ the model's own code runs, our autograd functions too, and what it allocates and
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field
@@ -112,6 +113,8 @@ class Tracer(TorchDispatchMode):
     def _faked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in (aten.mm.out, aten.addmm.out):  # there is one an expert, and each would take a millisecond
             return kwargs["out"]
+        if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return False  # a model asks whether its numbers are such that it has to stop
         if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
             # a mask's number of places is known where the mask is
             args = (args[0], _as_places(args[1]), *args[2:])
@@ -134,7 +137,10 @@ class Tracer(TorchDispatchMode):
     def _without_fakes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.fake is not None, "asked for only where there is one"
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
-        if func._overloadpacket in _FACTORIES and dtype.is_floating_point:
+        packet = func._overloadpacket
+        # models decide by one number that is drawn, and by whether a mask, rows by tokens, is all ones
+        is_asked = (packet is aten.rand and math.prod(args[0]) == 1) or (packet is aten.ones and len(args[0]) == 2)
+        if packet in _FACTORIES and dtype.is_floating_point and not is_asked:
             with self.fake:
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
@@ -150,6 +156,8 @@ class Tracer(TorchDispatchMode):
     ) -> None:
         for tensor in outputs:
             self.memory.made(tensor)
+        if not (inputs or outputs):
+            return
         known = {tensor.untyped_storage()._cdata for tensor in inputs}
         if outputs and not func._schema.is_mutable and all(x.untyped_storage()._cdata in known for x in outputs):
             return  # views

@@ -40,8 +40,8 @@ def work_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, 
         outputs: the tensors of `out`.
     """
     packet = func._overloadpacket
-    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    first = next((x for x in (*tensors, *outputs) if x.dtype.is_floating_point), (*tensors, *outputs)[0])
+    tensors = [*_flat((*args, *kwargs.values())), *outputs]
+    first = next((x for x in tensors if x.dtype.is_floating_point), tensors[0])
     num_bytes = sum(map(_bytes, (*_flat(args), *outputs)))
     if packet in _OPERANDS:
         left, right = (args[place] for place in _OPERANDS[packet])

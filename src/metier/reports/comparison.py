@@ -26,7 +26,11 @@ AXES: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
     ("delta_bytes", "delta, MiB", lambda row: _scaled(row, "delta_bytes", 2**20)),
 )
 """Costs that a score is shown against: name, title, value."""
-_FRONT, _TIED, _OTHER = "#0b5cad", "#a8410b", "#5b6470"
+FRONT, OTHER = "#0b5cad", "#5b6470"
+"""Of what no other beats both ways, and of the rest; who is tied with the best has a square."""
+
+
+FRONT_SAID = "Blue: no other has both a higher mean score and a lower cost. Square: tied with the best score."
 
 
 def _scaled(row: Row, name: str, unit: float) -> float | None:
@@ -53,7 +57,7 @@ def write_comparison(cells: Cells) -> Path:
     if found:
         from metier.reports.comparison_picture import draw
 
-        draw(found, AXES, folder / "comparison.png")
+        draw(found, AXES, folder / "comparison.png", colors=(FRONT, OTHER), key=FRONT_SAID)
     path = folder / "comparison.html"
     path.write_text(_page(cells, found, words, about), encoding="utf-8")
     return path
@@ -146,6 +150,8 @@ def _costs_table(rows: Sequence[Row]) -> Markup:
             continue
         costs = row.costs
         longer = "nothing" if costs["added_latency"] is None else units.share(costs["added_latency"])
+        if row.latencies and row.latencies[0] < row.latencies[-1]:
+            longer += f" ({units.share(row.latencies[0])} to {units.share(row.latencies[-1])})"
         body.append(
             [
                 f"{row.number} {row.label}",
@@ -156,10 +162,16 @@ def _costs_table(rows: Sequence[Row]) -> Markup:
                 units.duration(costs["step_seconds"]),
                 units.duration(costs["foreseen_step_seconds"]),
                 f"{longer}; nothing once merged" if row.merges and costs["added_latency"] is not None else longer,
-                units.size(costs["added_kv_bytes"]) if costs["added_kv_bytes"] else "",
+                _cache_cell(costs["added_kv_bytes"]),
             ]
         )
-    return join((table(head, body), tag("p", _timed_on(rows))))
+    said = "How much longer a reply takes is the median of the runs, with the least and the most of them."
+    return join((table(head, body), tag("p", f"{_timed_on(rows)} {said}")))
+
+
+def _cache_cell(num_bytes: float | None) -> str:
+    """Of each sequence."""
+    return "a second one, of the network beside it" if num_bytes is None else units.size(num_bytes) if num_bytes else ""
 
 
 def _timed_on(rows: Sequence[Row]) -> str:
@@ -181,14 +193,15 @@ def _charts(rows: Sequence[Row]) -> Markup:
                 name=str(row.number),
                 x=(cost, cost, cost),
                 y=(row.score.value, row.score.low, row.score.high),
-                color=_FRONT if index in best else _TIED if row.is_tied_with_best else _OTHER,
+                color=FRONT if index in best else OTHER,
+                is_square=row.is_tied_with_best,
             )
             for index, (row, cost) in enumerate(known)
         ]
         charts.append(
             scatter(points, x_title=title, y_title=metric_title(rows[0].metric), label=f"Score against {title}.")
         )
-    note = "Blue: no other has both a higher score and a lower cost. Brown: tied with the best. Numbers: the tables'."
+    note = f"{FRONT_SAID} Numbers: the tables'."
     return join((tag("div", *charts, class_="pair"), tag("p", note)))
 
 

@@ -19,34 +19,55 @@ from metier.reports.blocks import metric_title
 Axis = tuple[str, str, Callable[[Row], float | None]]
 
 
-def draw(rows_by_task: Mapping[str, Sequence[Row]], axes: Sequence[Axis], path: Path) -> None:
-    """Write a PNG; methods are numbered as in the tables, and named below."""
+def draw(
+    rows_by_task: Mapping[str, Sequence[Row]], axes: Sequence[Axis], path: Path, *, colors: tuple[str, str], key: str
+) -> None:
+    """Write a PNG; methods are numbered as in the tables, and named below.
+
+    Args:
+        rows_by_task: what is drawn, a line of panels a task.
+        axes: a panel each.
+        path: of the file.
+        colors: of what is on a front, and of the rest.
+        key: what colours and shapes say, below the picture.
+    """
     width, height = 4.2 * len(axes), 3.6 * len(rows_by_task) + 1.6
     figure, grid = plt.subplots(
         len(rows_by_task), len(axes), figsize=(width, height), squeeze=False, layout="constrained"
     )
     for line, (task, rows) in enumerate(rows_by_task.items()):
         for column, (_, title, value) in enumerate(axes):
-            _panel(grid[line][column], rows, value, title, f"{task}: {metric_title(rows[0].metric)}")
+            _panel(grid[line][column], rows, value, title, f"{task}: {metric_title(rows[0].metric)}", colors)
     named = {row.number: row.label for rows in rows_by_task.values() for row in rows if not row.is_base}
     labels = [f"{number} {label}" for number, label in sorted(named.items())]
-    figure.supxlabel("\n".join("   ".join(labels[start : start + 6]) for start in range(0, len(labels), 6)), fontsize=8)
+    lines = ["   ".join(labels[start : start + 6]) for start in range(0, len(labels), 6)]
+    figure.supxlabel("\n".join([key, *lines]), fontsize=8)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-def _panel(axes: Axes, rows: Sequence[Row], value: Callable[[Row], float | None], title: str, name: str) -> None:
+def _panel(
+    axes: Axes,
+    rows: Sequence[Row],
+    value: Callable[[Row], float | None],
+    title: str,
+    name: str,
+    colors: tuple[str, str],
+) -> None:
     base = next(row for row in rows if row.is_base)
     known = [(row.number, row, float(cost)) for row in rows if not row.is_base and (cost := value(row)) is not None]
     axes.axhline(base.score.value, color="0.6", linewidth=1, linestyle=":")
-    for number, row, cost in known:
-        color = "#0b5cad" if row.is_tied_with_best else "#5b6470"
+    on_front = front([(cost, row.score.value) for _, row, cost in known])
+    for index, (number, row, cost) in enumerate(known):
+        color, shape = colors[index not in on_front], "s" if row.is_tied_with_best else "o"
         below, above = row.score.value - row.score.low, row.score.high - row.score.value
-        axes.errorbar(cost, row.score.value, yerr=[[below], [above]], fmt="o", color=color, markersize=4, linewidth=0.7)
+        axes.errorbar(
+            cost, row.score.value, yerr=[[below], [above]], fmt=shape, color=color, markersize=4, linewidth=0.7
+        )
         axes.annotate(str(number), (cost, row.score.value), textcoords="offset points", xytext=(4, 3), fontsize=8)
-    best = [known[index] for index in front([(cost, row.score.value) for _, row, cost in known])]
+    best = [known[index] for index in on_front]
     costs, scores = [cost for *_, cost in best], [row.score.value for _, row, _ in best]
-    axes.step(costs, scores, where="post", color="#a8410b", linewidth=1)
+    axes.step(costs, scores, where="post", color=colors[0], linewidth=1)
     if costs and min(costs) > 0 and max(cost for *_, cost in known) / min(costs) > 20:
         axes.set_xscale("log")
     axes.set_xlabel(title)

@@ -37,6 +37,7 @@ class Point:
     """(value, low, high)"""
     y: tuple[float, float, float]
     color: str
+    is_square: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +154,7 @@ def scatter(points: Sequence[Point], *, x_title: str, y_title: str, label: str) 
         marks += [
             tag("line", x1=axes.x(x_low), x2=axes.x(x_high), y1=axes.y(y), y2=axes.y(y), stroke=point.color),
             tag("line", x1=axes.x(x), x2=axes.x(x), y1=axes.y(y_low), y2=axes.y(y_high), stroke=point.color),
-            tag("circle", cx=axes.x(x), cy=axes.y(y), r=6, fill=point.color, class_="dot"),
+            _dot(point, axes.x(x), axes.y(y)),
         ]
     labels = []
     for point, y in zip(points, _spread([axes.y(point.y[0]) for point in points]), strict=True):
@@ -171,6 +172,12 @@ def scatter(points: Sequence[Point], *, x_title: str, y_title: str, label: str) 
             )
         )
     return tag("figure", _svg(label, axes.frame(x_title, y_title), *marks, *labels))
+
+
+def _dot(point: Point, x: float, y: float) -> Markup:
+    if point.is_square:
+        return tag("rect", x=x - 6, y=y - 6, width=12, height=12, fill=point.color, class_="dot")
+    return tag("circle", cx=x, cy=y, r=6, fill=point.color, class_="dot")
 
 
 def _spread(positions: Sequence[float]) -> list[float]:

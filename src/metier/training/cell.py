@@ -32,6 +32,7 @@ from metier.evaluation.evaluate import evaluate
 from metier.evaluation.generate import encode_prompts
 from metier.evaluation.tasks import TaskSpec, load_task
 from metier.memory.process_memory import ProcessMemory
+from metier.methods.virtual_tokens import num_virtual_tokens
 from metier.methods.wrap import selects_experts
 from metier.models.load import LoadedModel, load
 from metier.planning.kv_cache import kv_cache
@@ -197,13 +198,8 @@ def _added_latency(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, t
 
 def _added_kv_bytes(model: PreTrainedModel) -> int | None:
     """Of one sequence's KV cache: what virtual tokens take in it; None where a network beside has one of its own."""
-    if not isinstance(model, PeftModel):
-        return 0
-    adapter = model.peft_config[model.active_adapter]
-    if adapter.peft_type in ("LADDER", "SHADOW"):
-        return None
-    num_tokens = getattr(adapter, "num_virtual_tokens", None) or getattr(adapter, "num_prefix_tokens", None) or 0
-    return num_tokens * kv_cache(model.config, dtype=model.dtype).token_bytes if num_tokens else 0
+    num_tokens = num_virtual_tokens(model)
+    return num_tokens * kv_cache(model.config, dtype=model.dtype).token_bytes if num_tokens else num_tokens
 
 
 def _host_peak_bytes() -> int | None:

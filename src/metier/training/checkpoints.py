@@ -1,7 +1,8 @@
 """Checkpoints that can be trusted after a kill: one counts only once it is written in full.
 
 The trainer writes a checkpoint file by file, and a run can be killed between two of them. So a marker goes into the
-folder last, and only marked checkpoints are resumed.
+folder last, and only marked checkpoints are resumed. It names every file: where the optimizer's is gone the trainer
+would begin with none, and say nothing.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ class MarkCheckpoints(TrainerCallback):
             return
         if self.note is not None:
             self.note(folder)
-        for path in folder.rglob("*"):
-            if path.is_file():
-                _flush(path)
-        (folder / _MARKER).write_text(f"{state.global_step}\n", encoding="utf-8")
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        for path in files:
+            _flush(path)
+        named = [f"{path.stat().st_size} {path.relative_to(folder).as_posix()}" for path in files]
+        (folder / _MARKER).write_text("\n".join([str(state.global_step), *named, ""]), encoding="utf-8")
         _flush(folder / _MARKER)
         if self.limit is not None:
             for old in complete_checkpoints(Path(args.output_dir))[: -self.limit]:
@@ -62,7 +64,21 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 def step_of(checkpoint: Path) -> int:
     """After how many steps a complete checkpoint was written, whatever its folder is called."""
-    return int((checkpoint / _MARKER).read_text(encoding="utf-8"))
+    return int((checkpoint / _MARKER).read_text(encoding="utf-8").splitlines()[0])
+
+
+def _check_files(checkpoint: Path) -> None:
+    """Raise a RunError where a file is missing, or is not as large as it was written."""
+    for line in (checkpoint / _MARKER).read_text(encoding="utf-8").splitlines()[1:]:
+        size, _, name = line.partition(" ")
+        path = checkpoint / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != int(size):
+            raise RunError(
+                f"{path}: {'is missing' if found is None else f'has {found:,} bytes'}, was written with {int(size):,}. "
+                "A run that went on without it would begin with another state.\nPut the file back, or resume from "
+                "another checkpoint of the run."
+            )
 
 
 def find_checkpoint(checkpoints: Path, wanted: str) -> Path | None:
@@ -71,7 +87,7 @@ def find_checkpoint(checkpoints: Path, wanted: str) -> Path | None:
     None where `last` finds none: the run was stopped before its first, and begins again.
 
     Raises:
-        RunError: the folder is another run's, or was not written in full.
+        RunError: the folder is another run's, was not written in full, or has lost a file since.
     """
     if wanted != "last":
         folder = Path(wanted)
@@ -82,6 +98,10 @@ def find_checkpoint(checkpoints: Path, wanted: str) -> Path | None:
                 f"{folder}: is not a checkpoint of this run, whose are in {checkpoints}. Its rows may be other "
                 "experts'; resume the run that it belongs to."
             )
+        _check_files(folder)
         return folder
     complete = complete_checkpoints(checkpoints)
-    return complete[-1] if complete else None
+    if not complete:
+        return None
+    _check_files(complete[-1])
+    return complete[-1]

@@ -75,6 +75,7 @@ class Foresight:
         if is_sharded:
             # the launcher's configuration may shard where the run's own does not say it
             self.config = changed(config, {"fsdp": True})
+        if ranks.size > 1:
             self._estimates = RankEstimator(self._estimator, ranks.size)
 
     def before_loading(self) -> None:
@@ -110,7 +111,7 @@ class Foresight:
             return {"not_traced": "a shard of the weights is not traced; metier plan --world-size says what one takes."}
         self._estimator.profile = profile
         try:
-            found = self._estimator(_with_selection(self.config, selection), largest_batch(items, self.config))
+            found = self._estimates(_with_selection(self.config, selection), largest_batch(items, self.config))
         except NeedsWeightsError as error:
             return {"not_traced": str(error)}
         if found.trace is None:

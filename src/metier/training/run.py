@@ -46,7 +46,7 @@ from metier.training.distributed_checkpoints import keep_by_ranks
 from metier.training.folder import RunFolder, open_folder
 from metier.training.foresight import Foresight
 from metier.training.masks import batches_to_look_at, pruned
-from metier.training.procedures.chosen import check_procedure, passes_of
+from metier.training.procedures.chosen import check_procedure
 from metier.training.processes import (
     check_world,
     describe,
@@ -166,7 +166,7 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         folder.checkpoints,
         eval_items=None if eval_items is None else eval_items.items,
         callbacks=[
-            CountTokens(num_passes=passes_of(config)),
+            CountTokens(num_passes=config.num_forward_passes),
             *([CountRows()] if config.method == "meft" else []),
             *([CountFrozen()] if config.has_frozen_base else []),
             *([shards] if is_sharded(config) else []),

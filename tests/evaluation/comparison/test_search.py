@@ -102,6 +102,7 @@ def test_the_planner_says_what_fits(tmp_path: Path) -> None:
     [
         ({"keep": 1.0}, "keep must be in (0, 1), got 1.0"),
         ({"rungs": (4, 2)}, "rungs that rise, got [4, 2]"),
+        ({"places": ("attention", "atention,shared")}, "places: got 'atention', expected some of attention, dense"),
         ({"methods": ({"method": "lora"},)}, "methods[0]: expected `method` and a list of `learning_rates`"),
         (
             {"methods": ({"method": "lorra", "learning_rates": [1]},)},

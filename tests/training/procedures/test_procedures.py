@@ -218,12 +218,16 @@ def test_a_random_mask_is_drawn_by_the_runs_seed() -> None:
     assert masks[0] == masks[1] != masks[2]
 
 
-def test_layers_to_transform_hold_where_parts_are_named() -> None:
-    config = config_of("lora", targets="attention", method_options={"layers_to_transform": [0]})
-    wrapped = wrap(tiny_model("llama"), config, None)
+@pytest.mark.parametrize(
+    ("family", "targets"), [("llama", "attention"), ("deepseek_v2", None), ("deepseek_v2", "attention,routed")]
+)
+def test_layers_to_transform_hold_where_parts_are_named(family: str, targets: str | None) -> None:
+    config = config_of("lora", targets=targets, method_options={"layers_to_transform": [1]})
+    wrapped = wrap(tiny_model(family), config, None)
     trained = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
     assert trained
-    assert all(".layers.0." in name for name in trained)
+    assert all(".layers.1." in name for name in trained)
+    assert any("experts" in name for name in trained) == (family != "llama")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from metier.catalogue.tree import method_of
-from metier.config import RunConfig
+from metier.config import RunConfig, passed_over
 from metier.config_reading import run_config_of
 from metier.errors import ConfigError
 
@@ -139,13 +139,15 @@ def run_values(run: Mapping[str, Any], candidate: Mapping[str, Any], *, task: st
     """Keys of a candidate's run: those of every run, then its own.
 
     Args:
-        run: keys of every run, the model among them.
+        run: keys of every run, the model among them; those that the candidate's method would pass over are left out.
         candidate: a `Candidate` as a dictionary, with the `seed` of the run.
         task: the data set.
         folder: of the run.
     """
     own = {name: candidate[name] for name in ("method", "learning_rate", "seed")}
-    return {**run, **candidate["run"], **own, "dataset": task, "output_dir": str(folder)}
+    foreign = passed_over(candidate["method"])
+    common = {name: value for name, value in run.items() if name not in foreign}
+    return {**common, **candidate["run"], **own, "dataset": task, "output_dir": str(folder)}
 
 
 def with_full(config: ComparisonConfig) -> ComparisonConfig:

@@ -54,6 +54,8 @@ class Row:
     costs: dict[str, float | None]
     """Medians over the runs; seconds are those of one machine, None where the method has no run on it."""
     timed_on: str
+    latencies: tuple[float, ...] = ()
+    """By what share a reply took longer, of every run of the candidate on the task, from the least."""
 
     @property
     def is_base(self) -> bool:
@@ -108,6 +110,7 @@ def _row(
     machine: str,
 ) -> Row:
     rates = [] if candidate is None else cells.rates(candidate)
+    latencies = () if candidate is None else _latencies(cells, task, candidate)
     return Row(
         task=task,
         number=0 if candidate is None else 1 + cells.config.candidates.index(candidate),
@@ -125,9 +128,19 @@ def _row(
         default_score=default_score,
         is_tied_with_best=is_tied,
         merges=candidate is not None and bool(runs[0].get("merges")),
-        costs={name: _cost(name, runs, machine) for name in COSTS},
+        costs={name: _cost(name, runs, machine) for name in COSTS} | {"added_latency": _middle(latencies)},
         timed_on=machine,
+        latencies=latencies,
     )
+
+
+def _latencies(cells: Cells, task: str, candidate: Candidate) -> tuple[float, ...]:
+    """Of all its runs: what it costs to answer does not depend on a rate or a seed."""
+    runs = [
+        _result(cells, task, candidate, rate, seed) for rate in cells.rates(candidate) for seed in cells.config.seeds
+    ]
+    found = [None if run is None else run.get("added_latency") for run in runs]
+    return tuple(sorted(one for one in found if one is not None))
 
 
 def machine_of(run: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Protocol
 from rich.console import Console
 
 from metier.evaluation.comparison.cells import FAILURE, LOG, Cell, Cells
+from metier.planning.spelling import duration
 
 _POLL_SECONDS = 0.2
 _LAST_LINES = 30
@@ -51,6 +52,7 @@ def run_cells(cells: Cells, place: Place, *, console: Console, minutes: float | 
         minutes: after which no cell is begun any more.
     """
     until, running = None if minutes is None else time.time() + 60 * minutes, set[Cell]()
+    begun, num_ended = time.monotonic(), 0
     try:
         while True:
             is_over = until is not None and time.time() >= until
@@ -65,20 +67,25 @@ def run_cells(cells: Cells, place: Place, *, console: Console, minutes: float | 
             for end in place.ended(_POLL_SECONDS):
                 running.remove(end.cell)
                 if end.is_begun:
-                    _tell(cells, end, console)
+                    num_ended += 1
+                    _tell(cells, end, console, (time.monotonic() - begun) / num_ended)
     finally:
         place.stop()
 
 
-def _tell(cells: Cells, end: End, console: Console) -> None:
-    """Say how a cell ended, and keep why where it failed."""
+def _tell(cells: Cells, end: End, console: Console, seconds_each: float) -> None:
+    """Say how a cell ended, and keep why where it failed; cells that end `seconds_each` apart take so long in all."""
     cell, folder = end.cell, cells.folder(end.cell)
     num_done = sum(cells.result(one) is not None for one in cells.known())
+    left = cells.num_needed() - num_done - len(cells.failed())
     place = f"{num_done} of {cells.num_needed()}"
+    then = f"; about {duration(left * seconds_each)} to go" if left else ""
     if not end.reason:
         result = cells.result(cell)
         assert result is not None, "it is there"
-        console.print(f"{place}  {cell}: {result['test']['score']:.2f} in {result['seconds']:.0f} s", highlight=False)
+        console.print(
+            f"{place}  {cell}: {result['test']['score']:.2f} in {result['seconds']:.0f} s{then}", highlight=False
+        )
         return
     log = folder / LOG
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]

@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from metier.catalogue.method import ALL_PARTS
 from metier.catalogue.tree import method_of
 from metier.config import RunConfig
 from metier.errors import ConfigError
@@ -58,6 +59,11 @@ class SearchConfig:
             raise ConfigError(f"search: keep must be in (0, 1), got {self.keep}.")
         if isinstance(self.places, str) or any(not isinstance(place, str) for place in self.places):
             raise ConfigError(f"search: places must be a list of texts, got {self.places!r}.")
+        for place in self.places:
+            if unknown := [part for part in _parts(place) if part not in ALL_PARTS]:
+                raise ConfigError(
+                    f"search: places: got {unknown[0]!r}, expected some of {', '.join(ALL_PARTS)}, with commas."
+                )
         if not self.methods or not self.rungs or list(self.rungs) != sorted(set(self.rungs)):
             raise ConfigError(f"search: needs methods, and rungs that rise, got {list(self.rungs)}.")
 
@@ -68,7 +74,7 @@ class SearchConfig:
             if "method" not in values or not isinstance(values.get("learning_rates"), list):
                 raise ConfigError(f"search: methods[{number}]: expected `method` and a list of `learning_rates`.")
             method = method_of(str(values["method"]), where=f"search: methods[{number}]")
-            able = [place for place in self.places if set(place.split(",")) <= set(method.can_target)]
+            able = [place for place in self.places if set(_parts(place)) <= set(method.can_target)]
             has_places = bool(method.targets or "routed" in method.can_target)
             tried = {"learning_rate": values["learning_rates"], **dict(values.get("try", {}))}
             if has_places and able:
@@ -95,6 +101,10 @@ class SearchConfig:
             validation_items=self.validation_items,
             general_bytes=2_000,
         )
+
+
+def _parts(place: str) -> list[str]:
+    return [part.strip() for part in place.split(",")]
 
 
 def load_search(path: str | Path) -> SearchConfig:

@@ -76,6 +76,12 @@ class Ladder:
             side_BTS = side_BTS.to(after_BTD.device)  # layers may be spread over devices
         climb.sides[adapter_name] = rung(side_BTS, before_BTD, after_BTD, climb.scope, remember)
 
+    @property
+    def sides(self) -> dict[str, Tensor]:
+        """Side states of the forward pass so far, by adapter."""
+        climb = self._climbs.get(get_ident())
+        return {} if climb is None else climb.sides
+
     def end(self) -> dict[str, Tensor]:
         """The last side states; the pass is over, and nothing of it is held any longer."""
         climb = self._climbs.pop(get_ident(), None)

@@ -16,7 +16,7 @@ from metier.methods.sparse_delta.entries import checked_entries, planned_counts,
 from metier.methods.sparse_delta.layer import SparseDeltaLayer
 from metier.methods.sparse_delta.masks.change import change
 from metier.methods.sparse_delta.masks.gradients import Batch, Loss, fisher, gradient_sums, model_loss
-from metier.methods.sparse_delta.masks.heads import best_heads, entries_of_heads
+from metier.methods.sparse_delta.masks.heads import best_heads, counts_of_heads, entries_of_heads
 from metier.methods.sparse_delta.masks.magnitude import magnitude
 from metier.methods.sparse_delta.masks.random import random_entries
 from metier.methods.sparse_delta.masks.shares import evenly_spaced, shares
@@ -139,9 +139,7 @@ def _heads(
         scores = {path: total.square_() for path, total in gradient_sums(model, inside, batches, loss).items()}
     shapes = {path: tuple(parameter.shape) for path, parameter in inside.items()}
     budget = config.budget(sum(parameter.parameter.numel() for parameter in found))
-    chosen = best_heads(
-        heads, scores, budget, lambda these: sum(map(len, entries_of_heads(heads, these, shapes).values()))
-    )
+    chosen = best_heads(heads, scores, budget, lambda these: sum(counts_of_heads(heads, these, shapes).values()))
     return entries_of_heads(heads, chosen, shapes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from metier.errors import ConfigError
 from metier.methods.sparse_delta.candidates import candidates, chosen_layers, new_biases
 from metier.methods.sparse_delta.config import WHOLE, SparseDeltaConfig
+from metier.methods.sparse_delta.masks.heads import counts_of_heads, entries_of_heads
 from metier.methods.sparse_delta.masks.shares import index_dtype, shares
+from metier.models.attention_heads import attention_heads
 from metier.models.base_parameters import base_modules, base_parameters
 
 
@@ -31,8 +34,9 @@ def planned_counts(model: nn.Module, config: SparseDeltaConfig) -> dict[str, int
     """
     if config.mask in WHOLE:
         return whole_sizes(model, config)
-    if config.heads is not None:
-        return {path: len(indices) for path, indices in whole_entries(model, config).items()}
+    if config.mask == "head":
+        chosen = config.heads or _some_heads(model, config)
+        return counts_of_heads(attention_heads(model), chosen, _shapes(model, config))
     found = {parameter.path: parameter.parameter.numel() for parameter in candidates(model, config)}
     total = sum(found.values())
     count = config.budget(total)
@@ -44,13 +48,25 @@ def planned_counts(model: nn.Module, config: SparseDeltaConfig) -> dict[str, int
 def whole_entries(model: nn.Module, config: SparseDeltaConfig) -> dict[str, Tensor]:
     """The entries of the masks that take whole parts: all of each parameter, or those of named heads."""
     if config.mask == "head":
-        found = candidates(model, config)
-        from metier.methods.sparse_delta.masks.heads import entries_of_heads
-        from metier.models.attention_heads import attention_heads
-
-        shapes = {parameter.path: tuple(parameter.parameter.shape) for parameter in found}
-        return entries_of_heads(attention_heads(model), config.heads or {}, shapes)
+        return entries_of_heads(attention_heads(model), config.heads or {}, _shapes(model, config))
     return {path: torch.arange(size, dtype=index_dtype(size)) for path, size in whole_sizes(model, config).items()}
+
+
+def _shapes(model: nn.Module, config: SparseDeltaConfig) -> dict[str, tuple[int, ...]]:
+    return {parameter.path: tuple(parameter.parameter.shape) for parameter in candidates(model, config)}
+
+
+def _some_heads(model: nn.Module, config: SparseDeltaConfig) -> dict[int, list[int]]:
+    """As many as the budget has entries for, evenly over the layers: which ones are best only data can say."""
+    heads, shapes = attention_heads(model), _shapes(model, config)
+    pairs = [(found.layer, number) for found in heads for number in range(found.num_heads)]
+    of_all = sum(counts_of_heads(heads, {found.layer: range(found.num_heads) for found in heads}, shapes).values())
+    budget = config.budget(sum(map(math.prod, shapes.values())))
+    count = min(len(pairs), max(1, budget * len(pairs) // max(1, of_all)))
+    chosen: dict[int, list[int]] = {}
+    for layer, number in (pairs[place * len(pairs) // count] for place in range(count)):
+        chosen.setdefault(layer, []).append(number)
+    return chosen
 
 
 def whole_sizes(model: nn.Module, config: SparseDeltaConfig) -> dict[str, int]:

@@ -54,6 +54,11 @@ class EntriesInPlace:
         return found
 
     @property
+    def originals(self) -> Tensor | None:
+        """The base's entries where others stand, one after the other; None where none do."""
+        return self._kept
+
+    @property
     def is_written(self) -> bool:
         return bool(self._contents)
 

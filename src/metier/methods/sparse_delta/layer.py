@@ -110,6 +110,13 @@ class SparseDeltaLayer(nn.Module, BaseTunerLayer):
         parameter = self.base_layer._parameters.get(name)
         return int(self.base_layer.out_features) if parameter is None else parameter.numel()  # type: ignore[arg-type]
 
+    def replaced_bytes(self) -> int:
+        """Of the base's entries that are kept while an adapter's stand in their place, one adapter being active."""
+        return sum(
+            max((len(values) for values in self.values_of(name).values()), default=0) * place.parameter.element_size()
+            for name, place in self.places.items()
+        )
+
     def deltas(self, name: str, adapters: list[str] | None = None) -> list[Delta]:
         """What the active adapters (or those named) add to one parameter."""
         values, indices = self.values_of(name), dict(self.indices_of(name).items())

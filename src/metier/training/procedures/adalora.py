@@ -4,26 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from metier.errors import ConfigError
-
-
-def orthogonality(tuner: Any) -> Tensor:
-    """How far the singular directions are from orthonormal, times the method's weight; PEFT adds it to another loss.
-
-    Paper: AdaLoRA, arXiv:2303.10512, equation 4, the mean over matrices, as PEFT has it.
-    """
-    adapter = tuner.trainable_adapter_name
-    distances = []
-    for name, parameter in tuner.model.named_parameters():
-        if adapter in name and ("lora_A" in name or "lora_B" in name):
-            gram = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
-            distances.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)))
-    weight: float = tuner.peft_config[adapter].orth_reg_weight
-    return weight * torch.stack(distances).mean()
 
 
 class AllocateRanks(TrainerCallback):

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import Trainer, TrainerCallback
 from transformers.utils import is_galore_torch_available
@@ -18,7 +18,8 @@ from metier.catalogue.tree import method_of
 from metier.config import RunConfig
 from metier.errors import ConfigError
 from metier.memory import RowAdamW
-from metier.training.procedures.adalora import AllocateRanks, orthogonality
+from metier.methods.added_terms import Term, added_term
+from metier.training.procedures.adalora import AllocateRanks
 from metier.training.procedures.lisa import Lisa
 from metier.training.procedures.mezo import Mezo, measure_by_forward_passes
 
@@ -51,7 +52,7 @@ def procedure_of(config: RunConfig, model: nn.Module) -> Procedure:
             return Procedure(optimizer_class=_row_optimizer(config) if config.method == "meft" else None)
         case "adalora":
             assert isinstance(model, PeftModel), "AdaLoRA is an adapter"
-            return Procedure(callbacks=[AllocateRanks()], after=partial(add_to_loss, term=orthogonality))
+            return Procedure(callbacks=[AllocateRanks()], after=adding(method.name))
         case "lora_plus":
             assert isinstance(model, PeftModel), "LoRA+ is an adapter"
             return Procedure(
@@ -74,10 +75,8 @@ def procedure_of(config: RunConfig, model: nn.Module) -> Procedure:
         case "lisa":
             lisa = Lisa(num_layers=options["lisa_layers"], interval=options["lisa_interval"], seed=config.seed)
             return Procedure(callbacks=[lisa])
-        case "auxiliary_loss":
-            return Procedure(after=partial(add_to_loss, term=lambda tuner: tuner.auxiliary_loss()))
-        case "diff_pruning":
-            return Procedure(after=partial(add_to_loss, term=lambda tuner: tuner.penalty()))
+        case "auxiliary_loss" | "diff_pruning":
+            return Procedure(after=adding(method.name))
         case "own_loss":
             return Procedure(after=use_own_loss, has_own_loss=True)
     raise AssertionError(f"{method.name}: no procedure is called {method.optimizer!r}")
@@ -100,12 +99,6 @@ def check_procedure(config: RunConfig) -> None:
             raise ConfigError(f"density: must be in (0, 1], got {value}.")
 
 
-def passes_of(config: RunConfig) -> int:
-    """Forward passes over each batch."""
-    directions: int | None = config.procedure_options.get("mezo_directions")
-    return 1 if directions is None else 2 * directions
-
-
 def use_own_loss(trainer: Trainer) -> None:
     """Train on the loss that the model computes from its labels."""
 
@@ -120,7 +113,14 @@ def use_own_loss(trainer: Trainer) -> None:
     trainer.compute_loss = compute_loss
 
 
-def add_to_loss(trainer: Trainer, *, term: Callable[[Any], Tensor]) -> None:
+def adding(method: str) -> Callable[[Trainer], None]:
+    """What has a trainer add the method's term to its loss."""
+    term = added_term(method)
+    assert term is not None, f"{method} has none"
+    return partial(add_to_loss, term=term)
+
+
+def add_to_loss(trainer: Trainer, *, term: Term) -> None:
     """Add a term of the adapter's tuner, such as that its routers share out their tokens.
 
     It is a mean over a batch, so that over several batches of a step it is their mean.

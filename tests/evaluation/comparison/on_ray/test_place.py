@@ -207,7 +207,7 @@ def test_paths_that_runs_read_are_found(comparison, tmp_path: Path, monkeypatch)
     (tmp_path / "chosen.json").write_text("{}")
     config = comparison(tasks=("synopsis", "my/task"), model="base", run={"general_dataset": "tatsu-lab/alpaca"})
     first, *others = config.candidates
-    config = replace(config, candidates=(first, *(replace(one, run={"selection": "~/c.json"}) for one in others)))
+    config = replace(config, candidates=(first, *(replace(one, run={"eval_dataset": "~/c.json"}) for one in others)))
     assert inputs_of(config) == (str(tmp_path / "my/task"), str(tmp_path / "base"), "~/c.json")
     assert inputs_of(comparison()) == ()
     assert inputs_of(comparison(model="Qwen/Qwen3-30B-A3B")) == ()

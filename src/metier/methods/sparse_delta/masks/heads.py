@@ -8,14 +8,15 @@ Structural masks in the survey's sense (arXiv:2403.14608, structural selective f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from metier.errors import ConfigError
 from metier.methods.sparse_delta.masks.shares import index_dtype
-from metier.models.attention_heads import AttentionHeads
+from metier.models.attention_heads import AttentionHeads, HeadPart
 
 
 def entries_of_heads(
@@ -31,22 +32,40 @@ def entries_of_heads(
     Raises:
         ConfigError: a layer or a head that does not exist.
     """
-    by_layer = {found.layer: found for found in heads}
     entries = {}
+    for part, numbers in _parts(heads, chosen, shapes):
+        mask = torch.zeros(shapes[part.path], dtype=torch.bool, device="cpu")
+        for number in numbers:
+            mask.narrow(part.axis, part.slice_of(number).start, part.size).fill_(True)
+        flat = mask.view(-1).nonzero().squeeze(1)
+        entries[part.path] = flat.to(index_dtype(mask.numel()))
+    return entries
+
+
+def counts_of_heads(
+    heads: Sequence[AttentionHeads], chosen: Mapping[int, Collection[int]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
+    """How many entries that are; arguments and errors as `entries_of_heads`."""
+    counts = {}
+    for part, numbers in _parts(heads, chosen, shapes):
+        shape = shapes[part.path]
+        num_slices = len({part.slice_of(number).start for number in numbers})
+        counts[part.path] = num_slices * part.size * (math.prod(shape) // shape[part.axis])
+    return counts
+
+
+def _parts(
+    heads: Sequence[AttentionHeads], chosen: Mapping[int, Collection[int]], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[HeadPart, Collection[int]]]:
+    """Parts of chosen heads in those parameters, each with the heads."""
+    by_layer = {found.layer: found for found in heads}
     for layer, numbers in sorted(chosen.items()):
         if layer not in by_layer:
             raise ConfigError(f"heads names layer {layer}, but layers with attention are {sorted(by_layer)}.")
         found = by_layer[layer]
         if stray := [number for number in numbers if not 0 <= number < found.num_heads]:
             raise ConfigError(f"heads names head {stray[0]} of layer {layer}, which has num_heads={found.num_heads}.")
-        for part in found.parts:
-            if part.path in shapes and numbers:
-                mask = torch.zeros(shapes[part.path], dtype=torch.bool)
-                for number in numbers:
-                    mask.narrow(part.axis, part.slice_of(number).start, part.size).fill_(True)
-                flat = mask.view(-1).nonzero().squeeze(1)
-                entries[part.path] = flat.to(index_dtype(mask.numel()))
-    return entries
+        yield from ((part, numbers) for part in found.parts if part.path in shapes and numbers)
 
 
 def best_heads(
