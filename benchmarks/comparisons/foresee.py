@@ -32,7 +32,7 @@ def main(comparison: str) -> None:
             lacking[cell.task, cell.label].append(cell)
     for (task, label), found in lacking.items():
         told = subprocess.run(
-            [sys.executable, __file__, comparison, task, label], capture_output=True, text=True, check=True
+            [sys.executable, __file__, comparison, task, label], stdout=subprocess.PIPE, text=True, check=True
         )
         foreseen = json.loads(told.stdout.splitlines()[-1])
         print(f"{task}: {label}: {len(found)} runs: {foreseen}", flush=True)

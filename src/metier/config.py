@@ -211,7 +211,7 @@ class RunConfig:
             )
         if self.minus_general and self.general_dataset is None:
             raise ConfigError("minus_general needs general_dataset, whose scores are subtracted. Name one.")
-        if self.has_frozen_base and (method.saves_whole_model or method.writes_base):
+        if self.has_frozen_base and method.changes_base:
             raise ConfigError(
                 "base_store and base_format keep the base's weights where they cannot be changed, and method "
                 f"{self.method} changes them. Use a method that stands beside them, or leave these keys out."

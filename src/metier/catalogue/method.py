@@ -74,6 +74,16 @@ class Method:
         return self.moe_targets if is_moe and self.moe_targets is not None else self.targets
 
     @property
+    def changes_base(self) -> bool:
+        """Whether it trains or writes the base's own weights, so that these cannot be in a store of their own."""
+        return self.saves_whole_model or self.writes_base
+
+    @property
+    def is_free_at_inference(self) -> bool:
+        """Whether a token takes no more operations than in the base: merged, part of it, or a prompt, read once."""
+        return self.merges or self.saves_whole_model or self.is_prompt
+
+    @property
     def kind(self) -> str:
         """The survey's first word for it: Additive, Selective, Reparameterized, Hybrid or Memory-efficient."""
         return self.branch[0]

@@ -31,7 +31,7 @@ def foreign_keys(method: str) -> set[str]:
     found = {name for name in LORA_KEYS if name not in lora_keys_of(wanted)} | passed_over(method)
     if not wanted.selects_experts:
         found |= {name for name in _NAMES if name.startswith("train_") or name.endswith("_learning_rate")}
-    if wanted.saves_whole_model or wanted.writes_base:
+    if wanted.changes_base:
         found |= {"base_store", "base_format", "base_folder"}
     if wanted.not_resumable:
         found |= {"save_steps", "resume_from_checkpoint"}

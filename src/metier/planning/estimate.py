@@ -91,8 +91,7 @@ class Estimate:
 
         Nothing once the delta is merged, and for a prompt, whose tokens are read once (`num_virtual_tokens`).
         """
-        method = method_of(self.config.method)
-        if method.merges or method.saves_whole_model or method.is_prompt:
+        if method_of(self.config.method).is_free_at_inference:
             return 0.0
         if self.trace is None:
             return None
@@ -213,9 +212,8 @@ class Estimator:
     def base_forward_flops(self, config: RunConfig) -> int | None:
         """Of a full batch through the base alone; None where the delta merges, or where that cannot be said."""
         method = method_of(config.method)
-        is_asked = not (method.merges or method.saves_whole_model or method.is_prompt or config.method == "meft")
         # a model's own loss looks at every position, labelled or not
-        if not is_asked or method.optimizer == "own_loss":
+        if method.is_free_at_inference or config.method == "meft" or method.optimizer == "own_loss":
             return None
         found = self._trace(as_method(_on_device(config), "full"), self._full_batch(config))
         return None if isinstance(found, str) else found.flops("forward")
@@ -254,11 +252,14 @@ class Estimator:
             said = (*skeleton.assumptions, self._chances(key, skeleton.selection)[1])
             units = units_of(skeleton.model, bf16=key.bf16, checkpointing=key.gradient_checkpointing)
             model = skeleton.model
-            of_a_sequence, saved = (
-                num_virtual_tokens(model),
-                saved_bytes(model, key.method, density=key.procedure_options.get("density", 1.0)),
+            self._counted[key] = _Counted(
+                state=skeleton.state(key),
+                units=units,
+                base_itemsize=model.dtype.itemsize,
+                assumptions=said,
+                saved_bytes=saved_bytes(model, key.method, density=key.procedure_options.get("density", 1.0)),
+                num_virtual_tokens=num_virtual_tokens(model),
             )
-            self._counted[key] = _Counted(skeleton.state(key), units, model.dtype.itemsize, said, saved, of_a_sequence)
         return self._counted[key]
 
     def _state(self, config: RunConfig) -> Estimate:

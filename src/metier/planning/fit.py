@@ -112,8 +112,7 @@ def _changes(config: RunConfig, *, has_host: bool) -> Iterator[dict[str, Any]]:
     if rows > 1:
         batches = rows * config.gradient_accumulation_steps
         yield {"per_device_train_batch_size": 1, "gradient_accumulation_steps": batches}
-    method = method_of(config.method)
-    if not (method.saves_whole_model or method.writes_base or config.fsdp):
+    if not (method_of(config.method).changes_base or config.fsdp):
         if config.base_store == "device" and has_host:
             yield {"base_store": "host"}
         if config.base_format is None:
