@@ -19,7 +19,7 @@ from metier.reports.comparison import FRONT, OTHER, write_comparison
 def cells(tmp_path: Path) -> Cells:
     candidates = (
         Candidate(label="ESFT", method="esft", learning_rate=1e-3, run={"top_p": 0.5}),
-        Candidate(label="<b>LoRA</b>", method="lora", learning_rate=1e-2),
+        Candidate(label="<b>LoRA</b>", method="lora", learning_rate=1e-2, run={"r": 4}),
     )
     config = ComparisonConfig(
         output_dir=str(tmp_path / "out"), model="embedded", tasks=("synopsis", "sections"), candidates=candidates

@@ -62,7 +62,8 @@ def compare(
     cells = Cells(load_comparison(comparison))
     if retry:
         forget_failures(cells, cells.failed())
-    if not report_only:
+    if not report_only and cells.pending():
+        cells.config.check_runs()
         for task in cells.config.tasks:
             load_task(task)  # an unknown one is told before any run, not by every run of it
         with _place(cells.config, on, ray_address, jobs) as place:

@@ -62,7 +62,7 @@ def test_a_candidates_keys_reach_its_run(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, change: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        loaded(tmp_path, TEXT + change)
+        loaded(tmp_path, TEXT + change).check_runs()
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -34,6 +34,12 @@ def test_a_corpus_metric_keeps_its_own_value() -> None:
     assert found.low < found.value < found.high
 
 
+def test_resamples_are_means_of_the_items_that_each_draws() -> None:
+    items_SN = np.random.default_rng(0).normal(50, 20, size=(1, 7))
+    draws_BN = np.random.default_rng(0).integers(0, 7, size=(100, 7))
+    assert seeds(items_SN).resampled(100) == pytest.approx(items_SN[0][draws_BN].mean(1))
+
+
 def test_candidates_are_compared_on_the_same_items() -> None:
     hard = np.repeat(np.random.default_rng(0).normal(50, 20, size=(1, 100)), 3, axis=0)
     assert differs(seeds(hard), seeds(hard + 1))

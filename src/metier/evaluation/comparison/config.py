@@ -96,7 +96,10 @@ class ComparisonConfig:
                     f"compare: {candidate.label}: experts: {candidate.experts} goes with esft and expert_lora, which "
                     f"select experts, and not with {candidate.method}. Leave it out."
                 )
-            # each key is refused before a run begins
+
+    def check_runs(self) -> None:
+        """Raise a ConfigError for a key that no run of a candidate can have. Methods are imported for it: seconds."""
+        for candidate in self.candidates:
             self.run_config(candidate, self.tasks[0], candidate.learning_rate, self.seeds[0], Path("-"))
 
     def run_config(self, candidate: Candidate, task: str, learning_rate: float, seed: int, folder: Path) -> RunConfig:

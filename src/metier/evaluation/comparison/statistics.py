@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -37,14 +38,21 @@ class Seeds:
         spreading their draws as Student's distribution has it.
         """
         num_seeds, num_items = self.items_SN.shape
-        generator = np.random.default_rng(0)
-        draws_BN = generator.integers(0, num_items, size=(num_resamples, num_items))
-        means_SB = np.stack([row_N[draws_BN].mean(1) for row_N in self.items_SN])
+        means_SB = self.items_SN @ _drawn(num_items, num_resamples) / num_items
         chosen_BS = np.random.default_rng(1 + num_seeds).integers(0, num_seeds, size=(num_resamples, num_seeds))
         of_items_B = means_SB.mean(0)
         of_seeds_B: Array = means_SB[chosen_BS, np.arange(num_resamples)[:, None]].mean(1) - of_items_B
         found_B: Array = of_items_B + _spread(num_seeds) * of_seeds_B + (self.mean - float(self.items_SN.mean()))
         return found_B
+
+
+@cache
+def _drawn(num_items: int, num_resamples: int) -> Array:
+    """How often each resample draws each item, (N, B): the same for all candidates."""
+    draws_BN = np.random.default_rng(0).integers(0, num_items, size=(num_resamples, num_items))
+    counts_BN = np.zeros((num_resamples, num_items))
+    np.add.at(counts_BN, (np.arange(num_resamples)[:, None], draws_BN), 1)
+    return counts_BN.T
 
 
 def interval(found_B: Array, value: float) -> Change:
