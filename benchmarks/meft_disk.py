@@ -53,6 +53,7 @@ def train(tier: str, inputs: str, folder: str) -> None:
     from torch import Tensor, nn
 
     from metier.memory import RowAdamW, RowStore
+    from metier.memory.clipping import clip_grad_norm_
     from metier.memory.row_store import link
     from metier.memory.step_gradients import StepGradients
     from metier.methods.meft.defaults import KEY_STD, meft_sizes, router_scale
@@ -93,6 +94,7 @@ def train(tier: str, inputs: str, folder: str) -> None:
             hidden_TD = hidden_TD + layer(hidden_TD)
         loss = (hidden_TD - target_TD).square().mean()
         loss.backward()
+        clip_grad_norm_(layers.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         meters = [layer.store.meter.take() for layer in layers]

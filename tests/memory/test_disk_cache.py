@@ -118,7 +118,7 @@ def test_rows_larger_than_the_room_are_loaded_within_it(cache, tmp_path, monkeyp
 def test_updates_that_all_blocks_are_owed_are_done_within_the_room(cache, tmp_path, monkeypatch):
     """As before a checkpoint: each group of blocks may go when the next one comes."""
     monkeypatch.setattr(row_store, "disk_cache", lambda: cache)
-    monkeypatch.setattr("metier.memory.row_adamw.GROUP_BYTES", 1)
+    monkeypatch.setattr("metier.memory.step_gradients.GROUP_BYTES", 1)
     cache.most_bytes *= 4  # rows and both moments of a few blocks
     gradients = StepGradients(RowStore(4 * PIECES, ROWS, 512, tier="disk", folder=tmp_path))
     optimizer = RowAdamW([gradients.holder], weight_decay=0.1, mode="exact")

@@ -7,12 +7,13 @@ import pytest
 from metier.memory.disk_policy import next_use, place
 
 
-def test_a_step_goes_up_then_down_then_up_again():
-    order = [(phase, layer) for phase in ("forward", "backward", "optimizer") for layer in range(3)]
+def test_a_step_goes_up_then_down_then_up_twice():
+    order = [(phase, layer) for phase in ("forward", "backward", "norm", "optimizer") for layer in range(3)]
     by_place = sorted(order, key=lambda what: place(*what, 3))
     assert by_place[:3] == [("forward", 0), ("forward", 1), ("forward", 2)]
     assert by_place[3:6] == [("backward", 2), ("backward", 1), ("backward", 0)]
-    assert by_place[6:] == [("optimizer", 0), ("optimizer", 1), ("optimizer", 2)]
+    assert by_place[6:9] == [("norm", 0), ("norm", 1), ("norm", 2)]
+    assert by_place[9:] == [("optimizer", 0), ("optimizer", 1), ("optimizer", 2)]
 
 
 @pytest.mark.parametrize(
@@ -20,11 +21,12 @@ def test_a_step_goes_up_then_down_then_up_again():
     [
         ("rows", 2, ("forward", 2), 1),  # the backward pass begins where the forward one ends
         ("rows", 0, ("forward", 0), 5),
-        ("rows", 0, ("backward", 0), 1),
+        ("rows", 0, ("backward", 0), 4),  # past the norm
         ("rows", 2, ("optimizer", 2), 3),  # the next step's forward pass
-        ("state", 1, ("optimizer", 1), 9),  # a whole step
-        ("state", 0, ("optimizer", 2), 7),
+        ("state", 1, ("optimizer", 1), 12),  # a whole step
+        ("state", 0, ("optimizer", 2), 10),
         ("gradients", 1, ("backward", 1), 3),
+        ("gradients", 1, ("norm", 1), 3),  # the optimizer
     ],
 )
 def test_next_uses(kind, layer, now, expected):

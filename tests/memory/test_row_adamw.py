@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 
 import pytest
 import torch
@@ -91,11 +93,12 @@ def test_exact_updates_are_dense_adamws_whatever_rows_a_step_uses(steps):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("num_missed", [row_update.MOST_MISSED_STEPS - 1, row_update.MOST_MISSED_STEPS + 200])
-def test_a_long_rest_is_caught_up(num_missed, weight_decay):
-    parameter, dense = dense_adamw(rows(), lr=1e-2, weight_decay=weight_decay)
+@pytest.mark.parametrize(("beta1", "num_missed"), [(0.9, 255), (0.9, 456), (0.97, 456), (0.0, 30)])
+def test_a_long_rest_is_caught_up(beta1, num_missed, weight_decay):
+    betas = (beta1, 0.999)
+    parameter, dense = dense_adamw(rows(), lr=1e-2, weight_decay=weight_decay, betas=betas)
     gradients = store_of(rows())
-    sparse = RowAdamW([gradients.holder], lr=1e-2, weight_decay=weight_decay, mode="exact")
+    sparse = RowAdamW([gradients.holder], lr=1e-2, weight_decay=weight_decay, betas=betas, mode="exact")
     for step in range(num_missed + 2):
         blocks = [0, 1] if step == 0 else [2]
         parameter.grad = sparse_gradient(blocks, step)
@@ -123,6 +126,13 @@ def test_a_long_rest_decays_once_whatever_the_state_is_kept_in(state_dtype):
     saved, rested = gradients.store.saved().view(N, M, 2, D), [0, 1, 3, 4]
     # a first step is as large as its sign, so moments of 8 bits change it by some percent of lr, ten times over
     torch.testing.assert_close(saved[rested], parameter.detach()[rested], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("beta1", "num_steps"), [(0.0, 1), (0.9, 256), (0.99, 2681)])
+def test_momentum_is_followed_until_nothing_is_left_of_it(beta1, num_steps):
+    history = row_update.StepHistory([row_update.StepSettings(1e-3, 0.0, beta1=beta1)])
+    assert history.most_missed == num_steps
+    assert beta1**num_steps <= row_update.LEAST_MOMENTUM
 
 
 def test_lazy_updates_leave_other_rows_at_rest_and_count_for_each_row():
@@ -380,3 +390,27 @@ def test_rows_that_fired_stay_flagged_when_more_blocks_join():
     optimizer.step()
     moved = (gradients.store.rows_NMWD != rows()).flatten(2).any(-1)
     assert moved.tolist() == [[False, True, True]] * N
+
+
+@pytest.mark.parametrize(("was", "now"), [("lazy", "exact"), ("exact", "lazy")])
+def test_a_state_of_another_mode_is_refused(was, now):
+    gradients = store_of(rows())
+    optimizer = RowAdamW([gradients.holder], mode=was)
+    give(gradients, torch.ones(N, M, 2, D), [0, 1])
+    optimizer.step()
+    other = store_of(rows())
+    with pytest.raises(RowStoreError, match=f"state of mode '{was}'.*nothing was loaded.\\nResume with mode '{was}'"):
+        RowAdamW([other.holder], mode=now).load_state_dict(optimizer.state_dict())
+    assert not other.store.array("steps").any()
+
+
+def test_a_disk_without_room_for_moments_is_told_before_the_first_step(tmp_path, monkeypatch):
+    gradients = store_of(rows(), tier="disk", folder=tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(RowStoreError, match=r"exp_avg: cannot reserve 480 bytes \(No space left on device\)"):
+        RowAdamW([gradients.holder])
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.rows"]

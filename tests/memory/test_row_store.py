@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from metier.errors import ConfigError, RowStoreError
-from metier.memory import RowStore
+from metier.memory import RowStore, row_store
+from metier.memory.disk_cache import DiskCache
 from metier.memory.mapped_file import create_mapped, open_mapped
+from metier.memory.meter import of_a_step
 
 CPU = torch.device("cpu")
 
@@ -102,3 +104,38 @@ def test_the_meter_counts_and_begins_again():
     taken = store.meter.take()
     assert (taken.num_blocks_used, taken.tokens_by_block) == (3, [0, 15, 0, 2])
     assert store.meter.tokens_by_block == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_the_log_counts_bytes_touched_and_hits_where_rows_move(is_slow):
+    store = RowStore(4, 3, 5, is_remote=is_slow)
+    for _ in range(2):  # micro-batches of one step
+        store.blocks([1, 3], CPU, keep=True)
+        store.meter.used([1, 3], [10, 2])
+    store.end_step([1, 3])
+    store.blocks([1], CPU, keep=True)
+    store.meter.used([1], [4])
+    logged = of_a_step([store.meter.take()], 2)
+    assert logged["row_bytes_touched"] == 5 * 3 * 2 * 5 * 4 / 2
+    assert logged["key_expert_load_max"] == 24 / (28 / 4)
+    assert logged["key_experts_unused"] == 0.5
+    # all three that two steps asked for had to be fetched; what is addressed in place has no such rate
+    assert logged.get("row_cache_hit_rate") == (0.0 if is_slow else None)
+
+
+def test_hits_are_blocks_that_an_earlier_step_has_left(tmp_path, monkeypatch):
+    monkeypatch.setattr("metier.memory.disk_cache.BATCH_BYTES", 0)
+    cache = DiskCache(most_bytes=4 << 12)
+    monkeypatch.setattr(row_store, "disk_cache", lambda: cache)
+    store = RowStore(8, 1, 512, tier="disk", folder=tmp_path)
+    store.load(torch.ones(8, 2, 512))
+    store.meter.take()
+    rates = []
+    for blocks in ([0, 1], [0, 1], [4, 5], [6, 7], [0, 1]):
+        store.blocks(blocks, CPU, keep=True)
+        store.end_step(blocks)
+        rates.append(of_a_step([store.meter.take()], 1)["row_cache_hit_rate"])
+    # the first ones had to go when the last were loaded, and again when others came
+    assert rates[1] == 1.0
+    assert rates[0] < 1
+    assert rates[-1] < 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from metier.config import RunConfig
-from metier.errors import ConfigError
+from metier.errors import ConfigError, RowStoreError
 from metier.memory import RowAdamW
 from metier.methods.meft import MeftConfig
 from metier.training.run import train
@@ -147,3 +149,57 @@ def test_a_run_leaves_a_report_of_its_rows(configure: Configure, console: Consol
     page = (folder / "report.html").read_text()
     assert "rows updated" in page
     assert "metier train: run" in page
+    assert "load of Key-Experts" in page
+    assert "layers.1.mlp" in page
+
+
+def test_a_run_counts_the_tokens_of_each_key_expert(configure: Configure, console: Console) -> None:
+    folder = train(configure(**MEFT, logging_steps=3, max_steps=4), console=console).folder
+    counted = json.loads((folder / "key_expert_tokens.json").read_text())
+    assert counted["num_steps"] == 4
+    sums = {sum(counts) for counts in counted["tokens"].values()}
+    # four Key-Experts a token, the same tokens in every layer
+    assert len(counted["tokens"]) == 3
+    assert len(sums) == 1
+    assert sums.pop() % 4 == 0
+    assert {len(counts) for counts in counted["tokens"].values()} == {16}
+
+
+def test_a_run_clips_gradients_of_rows_in_parts(
+    configure: Configure, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, seen = torch.nn.utils.clip_grad_norm_, list[torch.Size]()
+
+    def clip(parameters, *args, **kwargs):
+        parameters = list(parameters)
+        seen.extend(parameter.shape for parameter in parameters if parameter.grad is not None)
+        return plain(parameters, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    norms = {}
+    for limit in (1e-3, 1e3):
+        result = train(configure(str(limit), **MEFT, max_steps=2, max_grad_norm=limit), console=console)
+        lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+        norms[limit] = [line["grad_norm"] for line in lines if "grad_norm" in line]
+    assert seen
+    assert all(len(shape) == 2 for shape in seen), "only routers are clipped by torch"
+    assert norms[1e-3][0] == norms[1e3][0] > 1e-3
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_rows_on_disk_go_when_a_run_ends_with_an_error(
+    is_early: bool, configure: Configure, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserve, calls = os.posix_fallocate, []
+
+    def full(*args: object) -> None:
+        calls.append(args)
+        if len(calls) > (2 if is_early else 5):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(*args)
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    config = configure(**MEFT, meft_store="disk")
+    with pytest.raises(RowStoreError, match="No space left on device"):
+        train(config, console=console)
+    assert not (Path(config.output_dir) / "rows").exists()

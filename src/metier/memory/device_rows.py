@@ -55,7 +55,6 @@ class DeviceRows:
         """Each (M, 2, D) on the device; what is not there yet is fetched, and kept until the next step if wanted."""
         started, meter = time.perf_counter(), self.store.meter
         missing = [block for block in block_ids if block not in self.slots and block not in self._fetched]
-        meter.num_cache_hits += len(block_ids) - len(missing)
         meter.num_fetched += len(missing)
         fetched = dict(zip(missing, self._fetch(missing), strict=True))
         if keep:

@@ -118,7 +118,9 @@ class DiskCache:
             # room is made before anything is read into it
             self._make_room()
             if missing:
-                file.meter.bytes_from_disk += len(file.stored.intersection(missing)) * file.piece_bytes
+                num_read = len(file.stored.intersection(missing))
+                file.meter.bytes_from_disk += num_read * file.piece_bytes
+                file.meter.num_fetched += num_read if file.kind == "rows" else 0
                 file.reading = self._reader.submit(_read, file, missing, to_write)
 
     def wait_for(self, file: CachedFile) -> None:

@@ -1,8 +1,8 @@
 """Which pages of stores on disk to give up when memory is short. Plain Python.
 
-A step of training is a fixed program: forward through the layers, backward, then the optimizer's layers in turn. So it
-is known when each thing is wanted next, and what is wanted last is given up first. (The system's own rule, what was
-used least recently, gives up on such a cycle what is wanted next.)
+A step of training is a fixed program: forward through the layers, backward, the norm of the gradients, then the
+optimizer's layers in turn. So it is known when each thing is wanted next, and what is wanted last is given up first.
+(The system's own rule, what was used least recently, gives up on such a cycle what is wanted next.)
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 Kind = Literal["weights", "rows", "state", "gradients"]
-Phase = Literal["forward", "backward", "optimizer"]
+Phase = Literal["forward", "backward", "norm", "optimizer"]
 _USED_IN: dict[Kind, tuple[Phase, ...]] = {
     "weights": ("forward", "backward"),
     "rows": ("forward", "backward", "optimizer"),
     "state": ("optimizer",),
-    "gradients": ("backward", "optimizer"),
+    "gradients": ("backward", "norm", "optimizer"),
 }
 _PHASES = get_args(Phase)
 

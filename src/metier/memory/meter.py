@@ -11,6 +11,8 @@ class Meter:
     """Counters of one store since they were last taken."""
 
     num_blocks: int
+    block_bytes: int = 0
+    """Of a block's rows."""
     num_blocks_used: int = 0
     """Blocks of the forward passes, each counted once a pass."""
     num_rows_updated: int = 0
@@ -19,9 +21,10 @@ class Meter:
     bytes_from_disk: int = 0
     bytes_to_disk: int = 0
     """Rows, moments and gradients for which there was no room in memory."""
-    num_cache_hits: int = 0
-    """Blocks that were asked for and lay on the device already, from this step or an earlier one."""
+    num_asked: int = 0
+    """Blocks whose rows a step asked for where they are not always at hand, each counted once a step."""
     num_fetched: int = 0
+    """Blocks whose rows were moved to be there, each time that they were; the others of a step were there already."""
     stall_seconds: float = 0.0
     """Time that a pass waited for rows."""
     tokens_by_block: list[int] = field(default_factory=list)
@@ -37,7 +40,7 @@ class Meter:
 
     def take(self) -> Meter:
         """What was counted; counting begins again."""
-        taken = Meter(self.num_blocks)
+        taken = Meter(self.num_blocks, self.block_bytes)
         for name in self.__slots__:
             value, fresh = getattr(self, name), getattr(taken, name)
             setattr(taken, name, value)
@@ -49,7 +52,8 @@ def of_a_step(meters: Sequence[Meter], num_steps: int) -> dict[str, float]:
     """What all stores of a model did, the mean of a step, for a log.
 
     The load of a Key-Expert is its tokens over the mean's; of all layers the largest is given, and the share of
-    Key-Experts that no token had.
+    Key-Experts that no token had. The rate of hits is the share of blocks whose rows were not moved for the step; it is
+    left out where nothing ever has to move.
     """
     sums = {
         name: sum(getattr(meter, name) for meter in meters) / num_steps
@@ -62,16 +66,19 @@ def of_a_step(meters: Sequence[Meter], num_steps: int) -> dict[str, float]:
             "stall_seconds",
         )
     }
-    asked = sum(meter.num_cache_hits + meter.num_fetched for meter in meters)
-    loads = [meter.tokens_by_block for meter in meters]
+    touched = sum(meter.num_blocks_used * meter.block_bytes for meter in meters) / num_steps
+    num_asked, num_fetched = (sum(getattr(meter, name) for meter in meters) for name in ("num_asked", "num_fetched"))
+    hits = {"row_cache_hit_rate": max(0.0, 1 - num_fetched / num_asked)} if num_asked else {}
+    tokens = [meter.tokens_by_block for meter in meters]
     return {
         "rows_updated": sums["num_rows_updated"],
+        "row_bytes_touched": touched,
         "row_bytes_to_device": sums["bytes_to_device"],
         "row_bytes_from_device": sums["bytes_from_device"],
         "row_bytes_from_disk": sums["bytes_from_disk"],
         "row_bytes_to_disk": sums["bytes_to_disk"],
-        "row_cache_hit_rate": sum(meter.num_cache_hits for meter in meters) / asked if asked else 0.0,
+        **hits,
         "row_stall_seconds": sums["stall_seconds"],
-        "key_expert_load_max": max((max(load) * len(load) / sum(load) for load in loads if sum(load)), default=0.0),
-        "key_experts_unused": sum(load.count(0) for load in loads) / max(1, sum(len(load) for load in loads)),
+        "key_expert_load_max": max((max(one) * len(one) / sum(one) for one in tokens if sum(one)), default=0.0),
+        "key_experts_unused": sum(one.count(0) for one in tokens) / max(1, sum(len(one) for one in tokens)),
     }

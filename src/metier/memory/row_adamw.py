@@ -22,8 +22,6 @@ from metier.memory.step_gradients import StepGradients, step_gradients_of
 UpdateMode = Literal["lazy", "exact"]
 UPDATE_MODES: tuple[str, ...] = get_args(UpdateMode)
 _SEED_STRIDE = 1 << 20
-GROUP_BYTES = 32 << 20
-"""Of rows that are updated before others: while they are, a disk reads what the next ones need."""
 
 
 class RowAdamW(Optimizer):
@@ -39,6 +37,7 @@ class RowAdamW(Optimizer):
 
     Raises:
         ConfigError: an unknown mode or dtype, or a number out of range.
+        RowStoreError: rows lie on a disk that has no room for the moments.
     """
 
     updates_stores = True
@@ -67,6 +66,15 @@ class RowAdamW(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.mode, self.state_dtype, self.seed = mode, state_dtype, seed
         self._rows: dict[int, _TrainedRows] = {}
+        self._reserve()
+
+    def _reserve(self) -> None:
+        """Where rows lie on disk, make room there for all that a step writes, so that a full disk is told of now."""
+        for _, gradients in self._row_parameters():
+            if gradients.store.tier == "disk":
+                self._trained(gradients)
+                if not torch.accelerator.is_available():
+                    gradients.store.gradient_room(gradients.store.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -106,7 +114,7 @@ class RowAdamW(Optimizer):
         """Take on a state; that of rows is copied into their stores.
 
         Raises:
-            RowStoreError: the state is that of other rows, or was kept in another dtype.
+            RowStoreError: the state is that of other rows, or was kept in another dtype or mode.
         """
         states = dict(state_dict["state"])
         of_rows = {index: states.pop(index) for index, _ in self._row_parameters() if index in states}
@@ -133,9 +141,12 @@ class RowAdamW(Optimizer):
                 gradients = step_gradients_of(parameter)
                 if parameter.grad is None:
                     continue
-                parts = [parameter.grad] if gradients is None else self._trained(gradients).gradient_parts()
-                # a sum that is not finite may also have overflowed
-                if all(torch.isfinite(part.sum()) or torch.isfinite(part).all() for part in parts):
+                if gradients is not None:
+                    are_finite = gradients.are_finite
+                else:
+                    # a sum that is not finite may also have overflowed
+                    are_finite = bool(torch.isfinite(parameter.grad.sum()) or torch.isfinite(parameter.grad).all())
+                if are_finite:
                     continue
                 where = f"a parameter of shape {list(parameter.shape)}" if gradients is None else gradients.store.name
                 raise RowStoreError(
@@ -181,14 +192,12 @@ class _TrainedRows:
         self.num_updates = 0
         """Calls so far, each with random numbers of its own."""
         self._chunks: dict[torch.device | None, RowChunks] = {}
-        block_bytes = 4 * self.store.rows_per_block * 2 * self.store.hidden_size
-        self._num_together = max(1, GROUP_BYTES // block_bytes)
         if mode == "exact":
             self.store.before_use = self.catch_up
 
     def step(self, settings: StepSettings) -> None:
         block_ids = self.gradients.block_ids
-        for group in self._groups(self._read_ahead):
+        for group in self.gradients.groups("optimizer", self._read_ahead):
             self._step_group(group, settings)
             self.store.changed(block_ids[group])
         if self.mode == "exact":
@@ -196,30 +205,12 @@ class _TrainedRows:
             self.history.append(settings)
         self.store.end_step(block_ids)
 
-    def gradient_parts(self) -> Iterator[Tensor]:
-        """The step's gradients, some at a time."""
-        grad = self.gradients.holder.grad
-        assert grad is not None, "rows without a gradient are left out"
-        for group in self._groups(self.gradients.read_ahead):
-            yield grad[group]
-
-    def _groups(self, read_ahead: Callable[[slice], None]) -> Iterator[slice]:
-        """Slots of the gradient, some at a time; while one group is worked on, a disk reads what the next one needs."""
-        num_slots, at_once = len(self.gradients.block_ids), self._num_together
-        groups = [slice(first, min(first + at_once, num_slots)) for first in range(0, num_slots, at_once)]
-        for number, group in enumerate(groups):
-            self.store.come_to("optimizer")
-            if number == 0:
-                read_ahead(group)
-            self.store.wait_for([*self.store.arrays, "gradients"])
-            if number + 1 < len(groups):
-                read_ahead(groups[number + 1])
-            yield group
-
     def _step_group(self, group: slice, settings: StepSettings) -> None:
         grad, block_ids = self.gradients.holder.grad, self.gradients.block_ids[group]
         assert grad is not None, "rows without a gradient are left out"
         grad, fired_GM = grad[group], self.gradients.fired_GM[group]
+        if self.gradients.scale != 1:
+            grad = grad * self.gradients.scale
         for bank, slots, places in self._where(block_ids):
             part = slice(None) if len(slots) == len(block_ids) else slots
             fired, grads = fired_GM[part], grad[part].flatten(0, 1).flatten(1)
@@ -238,8 +229,9 @@ class _TrainedRows:
     def catch_up(self, block_ids: Sequence[int] | None) -> None:
         """Do the updates that blocks (None: all) are owed."""
         wanted = list(range(self.store.num_blocks) if block_ids is None else block_ids)
-        for first in range(0, len(wanted), self._num_together):
-            group = wanted[first : first + self._num_together]
+        at_once = self.gradients.num_together
+        for first in range(0, len(wanted), at_once):
+            group = wanted[first : first + at_once]
             owed = self._owed(group)
             if block_ids is None:
                 # of all blocks those done with may be given up; a pass is in need of all that it asks for
@@ -267,6 +259,7 @@ class _TrainedRows:
             **{name: self.store.array(name) for name in self.state_names},
             "history": torch.tensor(settings, dtype=torch.float64).reshape(-1, 5),
             "num_updates": torch.tensor(self.num_updates),
+            "is_exact": torch.tensor(self.mode == "exact"),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -276,6 +269,12 @@ class _TrainedRows:
             raise RowStoreError(
                 f"{self.store.name}: got optimizer state {_described(got)}, expected {_described(expected)}; nothing "
                 "was loaded.\nResume with the adapter, mode and state_dtype of the run that it belongs to."
+            )
+        if "is_exact" in state and bool(state["is_exact"]) != (self.mode == "exact"):
+            was = "exact" if state["is_exact"] else "lazy"
+            raise RowStoreError(
+                f"{self.store.name}: got optimizer state of mode {was!r}, whose steps count something else than those "
+                f"of {self.mode!r}; nothing was loaded.\nResume with mode {was!r}."
             )
         # hot blocks have moments of their own, which are not these
         self.store.write_back()

@@ -36,9 +36,9 @@ IN_PLACE_BYTES = 16 << 10
 _KERNEL_NUMBERS = 16
 """The kernel works on so many numbers at once, and on what is left over by another path, which may round otherwise."""
 
-MOST_MISSED_STEPS = 256
-"""Missed steps that are taken one by one. What momentum is left after them (0.9 to this power is 2e-12) is below what
-float32 can add to a weight; further steps only decay, by a product."""
+LEAST_MOMENTUM = 2e-12
+"""Missed steps are taken one by one until no more is left of the momentum, which is below what float32 can add to a
+weight; further steps only decay, by a product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,7 @@ class StepHistory:
 
     def __init__(self, settings: Iterable[StepSettings] = ()) -> None:
         self.settings: list[StepSettings] = []
+        self._most_beta1 = 0.0
         self._log_decay = [0.0]
         for past in settings:
             self.append(past)
@@ -64,8 +65,16 @@ class StepHistory:
     def __len__(self) -> int:
         return len(self.settings)
 
+    @property
+    def most_missed(self) -> int:
+        """How many missed steps have to be taken one by one: 256 where beta1 is 0.9."""
+        if not self._most_beta1:
+            return 1
+        return math.ceil(math.log(LEAST_MOMENTUM) / math.log(self._most_beta1))
+
     def append(self, settings: StepSettings) -> None:
         self.settings.append(settings)
+        self._most_beta1 = max(self._most_beta1, settings.beta1)
         self._log_decay.append(self._log_decay[-1] + math.log1p(-settings.learning_rate * settings.weight_decay))
 
     def decay_since(self, step: int) -> float:
@@ -196,11 +205,11 @@ def catch_up(chunks: RowChunks, row_ids: Tensor, history: StepHistory, seed: int
         grads_SC.zero_()
         for step in range(steps[0] + 1, len(history) + 1):
             # in the order of their counts, the rows that missed this step and are not left to `_only_decay`
-            part = slice(bisect_left(steps, step - MOST_MISSED_STEPS), bisect_left(steps, step))
+            part = slice(bisect_left(steps, step - history.most_missed), bisect_left(steps, step))
             if part.start < part.stop:
                 lists = [[x[part]] for x in (rows_SC, grads_SC, first_SC, second_SC)]
                 _fused_adamw(lists, [step], history.settings[step - 1])
-        _only_decay(rows_SC, first_SC, second_SC, [seen + MOST_MISSED_STEPS for seen in steps], history)
+        _only_decay(rows_SC, first_SC, second_SC, [seen + history.most_missed for seen in steps], history)
         chunks.write(ids, generator)
     steps_R[row_ids] = len(history)
 

@@ -53,6 +53,16 @@ def scratch_folder(parent: str | Path | None, *, option: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def gone_after_error(folder: Path) -> Iterator[None]:
+    """Remove a folder's files if what uses them ends with an error: they are of no use to whoever goes on later."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def is_in_memory(folder: Path) -> bool:
     """Whether files in a folder are kept in memory, as many systems do with /tmp; False where nobody can tell."""
     try:

@@ -9,7 +9,8 @@ The holder's own values mean nothing and take no memory; `RowAdamW` updates the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +20,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from metier.distributed.ranks import ranks_here, summed
 from metier.errors import ConfigError
+from metier.memory.disk_policy import Phase
 from metier.memory.row_store import RowStore
 
 _ROOM = 1.25
 """How much larger than needed a buffer is made when it has to grow."""
 _AT_ONCE = 64
 """Blocks that processes send each other at once."""
+GROUP_BYTES = 32 << 20
+"""Of rows that are worked on before others: while they are, a disk reads what the next ones need."""
 
 
 class StepGradients:
@@ -40,6 +44,13 @@ class StepGradients:
         self._fired = torch.empty(0, store.rows_per_block, dtype=torch.bool)
         self.holder = nn.Parameter(torch.zeros(0, *self._shape))
         self.holder.step_gradients = self  # type: ignore[attr-defined]
+        self.scale = 1.0
+        """What the optimizer is to multiply with what lies on disk."""
+        self._found_finite: tuple[Tensor, int] | None = None
+        """Gradients of which all were looked at, and how often they had been written by then."""
+        block_bytes = 4 * store.rows_per_block * 2 * store.hidden_size
+        self.num_together = max(1, GROUP_BYTES // block_bytes)
+        """Blocks that are worked on before others."""
 
     @property
     def fired_GM(self) -> Tensor:
@@ -51,6 +62,8 @@ class StepGradients:
         """Where the gradients of these blocks are to be added: for each (M, 2, D), its rows' flags (M,), and whether it
         is new to the step: then the place holds nothing yet and is to be written over."""
         self.begin()
+        self._apply_scale()
+        self._found_finite = None
         new = [block for block in dict.fromkeys(block_ids) if block not in self._slot]
         is_new = set(new)
         for block in new:
@@ -84,6 +97,69 @@ class StepGradients:
     def read_ahead(self, slots: slice) -> None:
         """Have the disk read gradients that an optimizer will come to soon."""
         self.store.wanted(range(slots.start, slots.stop), ("gradients",))
+
+    def groups(self, phase: Phase, read_ahead: Callable[[slice], None]) -> Iterator[slice]:
+        """Slots of the gradient, some at a time; while one group is worked on, a disk reads what the next one needs."""
+        num_slots, at_once = len(self.block_ids), self.num_together
+        groups = [slice(first, min(first + at_once, num_slots)) for first in range(0, num_slots, at_once)]
+        for number, group in enumerate(groups):
+            self.store.come_to(phase)
+            if number == 0:
+                read_ahead(group)
+            self.store.wait_for([*self.store.arrays, "gradients"])
+            if number + 1 < len(groups):
+                read_ahead(groups[number + 1])
+            yield group
+
+    def parts(self) -> Iterator[Tensor]:
+        """The step's gradients, some at a time, (G, M, 2, D) each, without what they are to be multiplied with."""
+        grad = self.holder.grad
+        assert grad is not None, "rows without a gradient are left out"
+        for group in self.groups("norm", self.read_ahead):
+            yield grad[group]
+
+    @property
+    def are_finite(self) -> bool:
+        """Whether all are; nothing is read where their norm said so and nobody has written since."""
+        grad = self.holder.grad
+        if grad is not None and self._found_finite is not None:
+            found, version = self._found_finite
+            if found is grad and version == grad._version:
+                return True
+        # a sum that is not finite may also have overflowed
+        return all(bool(torch.isfinite(part.sum()) or torch.isfinite(part).all()) for part in self.parts())
+
+    def norm(self) -> float:
+        """The 2-norm of all of them, as one vector."""
+        norm = self.scale * math.hypot(*(float(torch.linalg.vector_norm(part)) for part in self.parts()))
+        self._found_finite = self._seen() if math.isfinite(norm) else None
+        return norm
+
+    @torch.no_grad()
+    def multiply(self, scale: float) -> None:
+        """Scale them by a number below 1; what lies on disk is not written for it."""
+        grad = self.holder.grad
+        assert grad is not None, "rows without a gradient are left out"
+        if self.store.gradients is None:
+            are_finite = self._found_finite is not None
+            grad.mul_(scale)
+            self._found_finite = self._seen() if are_finite else None
+        else:
+            self.scale *= scale
+
+    def _seen(self) -> tuple[Tensor, int]:
+        grad = self.holder.grad
+        assert grad is not None, "rows without a gradient are left out"
+        return grad, grad._version
+
+    def _apply_scale(self) -> None:
+        """More is about to be added: what is there is brought to the scale that it is said to have."""
+        if self.scale == 1:
+            return
+        for group in self.groups("backward", self.read_ahead):
+            self._buffer[group] *= self.scale
+            self.store.changed(range(group.start, group.stop), ("gradients",))
+        self.scale = 1.0
 
     @torch.no_grad()
     def average_over_ranks(self) -> None:
@@ -126,6 +202,7 @@ class StepGradients:
         """Forget the step: its gradients were used, or are not wanted."""
         self.store.forget_gradients(len(self.block_ids))
         self.block_ids, self._slot = [], {}
+        self.scale, self._found_finite = 1.0, None
         self.holder.grad = None
         self.holder.data = self._buffer.new_zeros(0, *self._shape)
 

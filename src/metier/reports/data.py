@@ -52,6 +52,8 @@ class ReportData:
 
     metrics: Mapping[str, Sequence[Mapping[str, object]]] = field(default_factory=dict)
     """Method to the lines of its metrics.jsonl; those with a step and a loss are drawn."""
+    key_expert_tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Layer of a sparse adapter to how many tokens each of its Key-Experts had."""
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
     """Method to what its model scored; the untouched model is "base"."""
     rows: Sequence[ComparisonRow] = ()

@@ -13,6 +13,8 @@ from metier.reports.plots import Line, line_chart
 from metier.reports.training import points_of
 
 _MARK = "rows_updated"
+_SHARES = (0.1, 0.5, 0.9)
+"""Of Key-Experts by their load."""
 _BYTES = {
     "to the device": "row_bytes_to_device",
     "back": "row_bytes_from_device",
@@ -40,14 +42,15 @@ def rows(data: ReportData) -> Markup:
         )
         for key, title in ((_MARK, "rows updated"), ("key_expert_load_max", "largest load of a Key-Expert"))
     ]
-    head: list[Child] = ["mean of a step", "rows updated", "Key-Experts unused", *_BYTES, "hits", "waiting"]
+    head: list[Child] = ["mean of a step", "rows updated", "touched", "Key-Experts unused", *_BYTES, "hits", "waiting"]
     body: list[list[Child]] = [
         [
             method_title(name),
             units.count(round(_mean(lines, _MARK))),
+            units.size(round(_mean(lines, "row_bytes_touched"))),
             units.share(_mean(lines, "key_experts_unused"), digits=1),
             *(units.size(round(_mean(lines, key))) for key in _BYTES.values()),
-            units.share(_mean(lines, "row_cache_hit_rate"), digits=1),
+            units.share(_mean(lines, "row_cache_hit_rate"), digits=1) if "row_cache_hit_rate" in lines[-1] else "",
             units.duration(_mean(lines, "row_stall_seconds")),
         ]
         for name, lines in logged.items()
@@ -56,8 +59,30 @@ def rows(data: ReportData) -> Markup:
         "Rows",
         tag("div", *charts, class_="pair"),
         table(head, body),
+        _loads_table(data.key_expert_tokens) if data.key_expert_tokens else None,
         lead="Of all layers. A Key-Expert's load is its tokens over the mean Key-Expert's; 1 everywhere is even.",
     )
+
+
+def _loads_table(tokens: Mapping[str, Sequence[int]]) -> Markup:
+    """How evenly each layer's Key-Experts were used over the whole run."""
+    head: list[Child] = ["load of Key-Experts", "unused", "least", *(f"{share:.0%}" for share in _SHARES), "largest"]
+    body: list[list[Child]] = []
+    for path, counts in tokens.items():
+        # over the mean's; a layer that no token reached has loads of 0
+        mean = sum(counts) / len(counts) or 1.0
+        found = sorted(count / mean for count in counts)
+        middle = [found[round(share * (len(found) - 1))] for share in _SHARES]
+        cells = [f"{load:.2f}" for load in (found[0], *middle, found[-1])]
+        body.append([_layer_name(path), f"{list(counts).count(0)} of {len(counts)}", *cells])
+    return table(head, body)
+
+
+def _layer_name(path: str) -> str:
+    """A module's path from the number of its layer on."""
+    parts = path.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[max(0, first - 1) :])
 
 
 def _mean(lines: Sequence[Mapping[str, object]], key: str) -> float:

@@ -50,6 +50,11 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def key_expert_tokens(self) -> Path:
+        """How many tokens each Key-Expert of a sparse adapter had."""
+        return self.root / "key_expert_tokens.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

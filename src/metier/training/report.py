@@ -32,6 +32,7 @@ def write_run_report(
         task=Path(config.dataset).name,
         metrics={config.method: read_metrics(folder.metrics)},
         plans={config.method: read_plan(folder.plan)},
+        key_expert_tokens=_key_expert_tokens(folder),
         total_parameters=num_parameters,
         config=asdict(config),
         versions=package_versions(),
@@ -58,6 +59,12 @@ def routing_data(folder: RunFolder, config: RunConfig, selection: ExpertSelectio
         "reliability": None if wanted.budget_bytes is not None else profile.reliability(wanted),
         "num_profiled_tokens": profile.num_tokens,
     }
+
+
+def _key_expert_tokens(folder: RunFolder) -> dict[str, list[int]]:
+    path = folder.key_expert_tokens
+    found: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))["tokens"] if path.exists() else {}
+    return found
 
 
 def read_metrics(path: Path) -> list[dict[str, object]]:

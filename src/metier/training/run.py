@@ -25,6 +25,7 @@ from metier.distributed.ranks import Ranks, is_restart, join_ranks, largest, on_
 from metier.errors import ConfigError
 from metier.memory.allocator import give_memory_back
 from metier.memory.frozen_model import load_frozen
+from metier.memory.scratch_folder import gone_after_error
 from metier.methods.coverage import coverage
 from metier.methods.wrap import meft_config, selects_experts, wrap
 from metier.models.encoder_decoder import is_encoder_decoder, refuse_encoder_decoder
@@ -138,7 +139,9 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         )
     )
     set_seed(config.seed)
-    model = wrap(loaded.model, config, selection, batches_to_look_at(items.items, loaded.tokenizer, config))
+    looked_at = batches_to_look_at(items.items, loaded.tokenizer, config)
+    with gone_after_error(folder.rows):
+        model = wrap(loaded.model, config, selection, looked_at)
     plan = training_plan(
         model,
         method=config.method,
@@ -167,7 +170,7 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         eval_items=None if eval_items is None else eval_items.items,
         callbacks=[
             CountTokens(num_passes=config.num_forward_passes),
-            *([CountRows()] if config.method == "meft" else []),
+            *([CountRows(folder.key_expert_tokens if ranks.is_main else None)] if config.method == "meft" else []),
             *([CountFrozen()] if config.has_frozen_base else []),
             *([shards] if is_sharded(config) else []),
             times,
@@ -182,7 +185,8 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
     keep_by_ranks(trainer, checkpoint)
     started = time.monotonic()
     # a checkpoint may be larger than memory where rows lie on disk: it is mapped, not read
-    with serialization.patch("load.mmap", True), lost_peers_told(folder):  # type: ignore[attr-defined]
+    mapped = serialization.patch("load.mmap", True)  # type: ignore[attr-defined]
+    with mapped, lost_peers_told(folder), gone_after_error(folder.rows):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, peak = time.monotonic() - started, int(largest(foresight.peak_memory_bytes()))
     make_whole(model)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from operator import add
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -9,20 +12,28 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from metier.memory.frozen_model import frozen_weights
 from metier.memory.frozen_store import FrozenStore
-from metier.memory.meter import of_a_step
+from metier.memory.meter import Meter, of_a_step
 from metier.memory.row_store import RowStore
 from metier.methods.meft import MeftLayer
 
 
 class CountRows(TrainerCallback):
-    """Puts into what is logged how a sparse adapter's stores were used since the last line, the mean of a step.
+    """Puts into what is logged how a sparse adapter's stores were used since the last line, the mean of a step, and
+    when training is over, into a file how many tokens each Key-Expert had.
 
     This callback stands before those that use the numbers.
+
+    Args:
+        path: of the file; None to write none, as all processes of a run but one do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
         self._stores: list[RowStore] = []
-        self._step = 0
+        self._names: list[str] = []
+        self._tokens: list[list[int]] = []
+        """Of each store, by its Key-Experts, since training began or was resumed."""
+        self._step = self._first_step = 0
 
     def on_train_begin(
         self,
@@ -33,9 +44,11 @@ class CountRows(TrainerCallback):
         **_: Any,
     ) -> None:
         assert model is not None, "the trainer passes its model to every callback"
-        layers = [module for module in model.modules() if isinstance(module, MeftLayer)]
-        self._stores = [store for layer in layers for store in layer.stores.values()]
-        self._step = state.global_step
+        layers = [(path, module) for path, module in model.named_modules() if isinstance(module, MeftLayer)]
+        named = [(path, store) for path, layer in layers for store in layer.stores.values()]
+        self._names, self._stores = [path for path, _ in named], [store for _, store in named]
+        self._tokens = [[0] * store.num_blocks for store in self._stores]
+        self._step = self._first_step = state.global_step
         for store in self._stores:
             store.meter.take()
 
@@ -49,8 +62,21 @@ class CountRows(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs or state.global_step == self._step:
             return
-        logs |= of_a_step([store.meter.take() for store in self._stores], state.global_step - self._step)
+        logs |= of_a_step(self._take(), state.global_step - self._step)
         self._step = state.global_step
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._take()
+        if self._path is not None:
+            tokens = dict(zip(self._names, self._tokens, strict=True))
+            content = {"num_steps": state.global_step - self._first_step, "tokens": tokens}
+            self._path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+    def _take(self) -> list[Meter]:
+        meters = [store.meter.take() for store in self._stores]
+        for counts, meter in zip(self._tokens, meters, strict=True):
+            counts[:] = map(add, counts, meter.tokens_by_block)
+        return meters
 
 
 class CountFrozen(TrainerCallback):

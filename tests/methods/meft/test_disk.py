@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from metier.memory import RowAdamW, row_store
+from metier.memory.clipping import clip_grad_norm_
 from metier.memory.disk_cache import DiskCache
 from metier.methods.meft import MeftConfig, MeftLayer
 
@@ -34,7 +35,7 @@ def train(tier: str, mode: str) -> tuple[list[torch.Tensor], list[MeftLayer]]:
         for micro in range(2):
             ids = torch.randint(64, (2, 5), generator=torch.Generator().manual_seed(2 * step + micro))
             model(input_ids=ids, labels=ids).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         model.zero_grad()
     optimizer.state_dict()

@@ -22,6 +22,7 @@ from metier.methods.added_terms import Term, added_term
 from metier.training.procedures.adalora import AllocateRanks
 from metier.training.procedures.lisa import Lisa
 from metier.training.procedures.mezo import Mezo, measure_by_forward_passes
+from metier.training.procedures.row_clipping import clip_rows_in_parts
 
 
 @dataclass(slots=True)
@@ -49,7 +50,9 @@ def procedure_of(config: RunConfig, model: nn.Module) -> Procedure:
     rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     match method.optimizer:
         case None:
-            return Procedure(optimizer_class=_row_optimizer(config) if config.method == "meft" else None)
+            if config.method == "meft":
+                return Procedure(optimizer_class=_row_optimizer(config), after=clip_rows_in_parts)
+            return Procedure()
         case "adalora":
             assert isinstance(model, PeftModel), "AdaLoRA is an adapter"
             return Procedure(callbacks=[AllocateRanks()], after=adding(method.name))
