@@ -1,6 +1,7 @@
 """How wrong the planner is: memory and seconds of real runs, predicted and measured, each in a process of its own.
 
     python benchmarks/planner.py run [--minutes 100]     goes on where it stopped
+    python benchmarks/planner.py tensors                 counts tensor bytes of all of them, two at once
     python benchmarks/planner.py predict                 predicts all of them again, on the machine that ran them
     python benchmarks/planner.py predict --only-memory   on any machine; seconds stay as they are
     python benchmarks/planner.py tune                    what its constants would best be
@@ -10,8 +11,10 @@ A run makes a random model of a family, wraps it and trains six steps with the t
 batches, half of whose tokens have a loss. Measured is the most resident memory over what the process held before the
 model was made; before that a tiny model of the same family is trained the same way, so that the libraries' code is
 there. A step's time is the median of the last five, the optimizer's part included. Predicted is what `metier plan`
-says, from the configuration alone. A third of the runs, chosen by a hash of their names, is not looked at while the
-planner is worked on. Each finished run is a line of results/planner.jsonl.
+says, from the configuration alone. Tensor bytes are those of two more steps of the same run, in which every storage
+that is made and freed is counted; what is predicted of them leaves out the process's own. A third of the runs, chosen
+by a hash of their names, is not looked at while the planner is worked on. Each finished run is a line of
+results/planner.jsonl.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -33,8 +37,9 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 LINES = RESULTS / "planner.jsonl"
-NUM_STEPS = 6
+NUM_STEPS, NUM_COUNTED_STEPS = 6, 2
 MEMORY, TIME = ("predicted_bytes", "peak_bytes"), ("predicted_seconds", "step_seconds")
+TENSORS = ("predicted_tensor_bytes", "tensor_bytes")
 """Names of what was predicted and what was measured."""
 _MOE = {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 8192, "hidden_size": 512}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -143,23 +148,34 @@ def measure(cell: Cell) -> dict[str, Any]:
 
 def _train(cell: Cell, base: Any) -> list[float]:
     """Returns the seconds of each step; nothing else is left."""
-    seconds = _steps(cell, base)
+    seconds, _ = _steps(cell, base)
     gc.collect()
     return seconds
 
 
-def _steps(cell: Cell, base: Any) -> list[float]:
+def count_tensors(cell: Cell) -> dict[str, int]:
+    """Train, in this process, and count the bytes of tensors: none of the process's own."""
+    return {"tensor_bytes": _steps(cell, base_config(cell.family), is_counted=True)[1]}
+
+
+def _steps(cell: Cell, base: Any, *, is_counted: bool = False) -> tuple[list[float], int]:
+    """Seconds of each step, and the most tensor bytes where they are counted, which takes some times as long."""
     import torch
     from transformers import AutoModelForCausalLM
 
     import metier
     from metier.data.encode import IGNORED, Encoded
+    from metier.memory.step_gradients import step_gradients_of
+    from metier.methods.meft import MeftLayer
     from metier.methods.wrap import wrap
     from metier.models.moe import is_dense, moe_layers
+    from metier.planning.step import columns_that_are_written
+    from metier.planning.trace import Tracer
     from metier.routing.selection import ExpertSelection
     from metier.training.callbacks import StepTimes
     from metier.training.trainer import make_trainer
 
+    tracer = Tracer(None) if is_counted else None
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(base, dtype=torch.float32)
     tokenizer = metier.load("embedded").tokenizer
@@ -176,21 +192,38 @@ def _steps(cell: Cell, base: Any) -> list[float]:
         items = [Encoded(input_ids=row, labels=[IGNORED] * half + row[half:], origin="random") for row in ids]
         times = StepTimes()
         trainer = make_trainer(wrapped, tokenizer, items, config, Path(folder), eval_items=None, callbacks=[times])
-        trainer.train()
-    return times.seconds
+        if tracer is None:
+            trainer.train()
+            return times.seconds, 0
+        trainer.args.max_steps = NUM_COUNTED_STEPS
+        rows = [s.rows_NMWD for m in wrapped.modules() if isinstance(m, MeftLayer) for s in m.stores.values()]
+        of_rows = [found for p in wrapped.parameters() if (found := step_gradients_of(p)) is not None]
+        room = [one.reserve(torch.device("cpu")) for one in of_rows]
+        there = (*wrapped.parameters(), *wrapped.buffers(), *rows, *room)
+        for tensor in there:
+            tracer.memory.known(tensor)
+        storages = {s.data_ptr(): s.nbytes() for tensor in there if (s := tensor.untyped_storage()).nbytes()}
+        with tracer, columns_that_are_written(model):
+            trainer.train()
+        return times.seconds, sum(storages.values()) + tracer.memory.peak
 
 
 def predict(cell: Cell, estimators: dict[str, Any], *, only_memory: bool = False) -> dict[str, Any]:
     from metier.planning.budget import WORKSPACE_BYTES
     from metier.planning.clock import clock_here
-    from metier.planning.estimate import Estimator
+    from metier.planning.estimate import HOLES, Estimator
     from metier.planning.step_time import step_time
 
     if cell.family not in estimators:
         estimators[cell.family] = Estimator(base_config(cell.family))
     estimate = estimators[cell.family](cell.config())
     predicted = {**estimate.device_bytes, "host": estimate.host_bytes, "workspace": WORKSPACE_BYTES}
-    of_memory = {"predicted_bytes": sum(predicted.values()), "predicted": predicted}
+    holes = estimate.device_bytes["temporaries"] * (1 - 1 / (1 + HOLES)) if cell.checkpointing else 0
+    of_memory = {
+        "predicted_bytes": sum(predicted.values()),
+        "predicted_tensor_bytes": round(sum(predicted.values()) - WORKSPACE_BYTES - holes),
+        "predicted": predicted,
+    }
     if only_memory:
         return of_memory
     clock = clock_here(Path.cwd())
@@ -241,6 +274,22 @@ def run(minutes: float) -> bool:
     return True
 
 
+def tensors() -> None:
+    """Count the tensor bytes of all runs for which that was not done; two processes at once take no more memory."""
+    lines = _lines()
+    wanted = [line for line in lines if "tensor_bytes" not in line]
+
+    def counted(line: dict[str, Any]) -> dict[str, Any]:
+        cell = {name: line[name] for name in Cell.__slots__}
+        return in_a_process([__file__, "count", json.dumps(cell)], OMP_NUM_THREADS="1")
+
+    with ThreadPoolExecutor(2) as pool:
+        for line, found in zip(wanted, pool.map(counted, wanted), strict=True):
+            line |= found
+            LINES.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            print(line["name"], f"{found['tensor_bytes'] / 2**20:.0f} MiB", flush=True)
+
+
 def predict_again(*, only_memory: bool) -> None:
     """Put what the planner says now into every line."""
     estimators: dict[str, Any] = {}
@@ -256,13 +305,17 @@ def _lines() -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "predict", "tune", "report", "measure"))
+    parser.add_argument("what", choices=("run", "tensors", "predict", "tune", "report", "measure", "count"))
     parser.add_argument("cell", nargs="?")
     parser.add_argument("--only-memory", action="store_true")
     parser.add_argument("--minutes", type=float, default=100.0)
     given = parser.parse_args()
     if given.what == "measure":
         print(json.dumps(measure(Cell(**json.loads(given.cell)))))
+    elif given.what == "count":
+        print(json.dumps(count_tensors(Cell(**json.loads(given.cell)))))
+    elif given.what == "tensors":
+        tensors()
     elif given.what == "run":
         sys.exit(0 if run(given.minutes) else 1)
     elif given.what == "predict":
@@ -283,14 +336,16 @@ def report() -> None:
     )
     rows = [
         f"| {line['name']}{' (held out)' if line['is_held_out'] else ''} | {line['predicted_bytes'] / 2**20:,.0f} | "
-        f"{line['peak_bytes'] / 2**20:,.0f} | {_error(line, MEMORY):+.1%} | {line['predicted_seconds']:.2f} | "
+        f"{line['peak_bytes'] / 2**20:,.0f} | {_error(line, MEMORY):+.1%} | "
+        f"{line['tensor_bytes'] / 2**20:,.0f} | {_error(line, TENSORS):+.1%} | {line['predicted_seconds']:.2f} | "
         f"{line['step_seconds']:.2f} | {_error(line, TIME):+.1%} |"
         for line in sorted(lines, key=lambda line: line["name"])
     ]
     paces = [1e3 * pace for line in lines for pace in line["reference_seconds"]]
     text = f"""# The planner's error
 
-    python benchmarks/planner.py run && python benchmarks/planner.py predict && python benchmarks/planner.py report
+    python benchmarks/planner.py run && python benchmarks/planner.py tensors
+    python benchmarks/planner.py predict && python benchmarks/planner.py report
 
 {(__doc__ or "").split(chr(10) * 2, 2)[2].strip()}
 
@@ -303,6 +358,10 @@ the median {median(paces):.1f}.
 |-|-|-|-|-|-|
 {chr(10).join(_summary(title, some, MEMORY) for title, some in groups)}
 
+| tensor bytes | number | median error | 95th percentile | most under-predicted | over 3% under |
+|-|-|-|-|-|-|
+{chr(10).join(_summary(title, some, TENSORS) for title, some in groups)}
+
 | a step's time | number | median error | 95th percentile | most under-predicted |
 |-|-|-|-|-|
 {chr(10).join(_summary(title, some, TIME) for title, some in groups)}
@@ -313,8 +372,8 @@ the median {median(paces):.1f}.
 
 ![Predicted against measured](planner.png)
 
-| run | MiB predicted | measured | error | seconds predicted | measured | error |
-|-|-|-|-|-|-|-|
+| run | MiB predicted | measured | error | of tensors | error | seconds predicted | measured | error |
+|-|-|-|-|-|-|-|-|-|
 {chr(10).join(rows)}
 """
     (RESULTS / "planner.md").write_text(text, encoding="utf-8")
@@ -361,7 +420,7 @@ def _summary(title: str, lines: list[dict[str, Any]], names: tuple[str, str]) ->
     errors = sorted(_error(line, names) for line in lines)
     sizes = sorted(map(abs, errors))
     at_95 = sizes[min(len(sizes) - 1, int(0.95 * len(sizes)))]
-    under = f" {sum(error < -0.03 for error in errors)} |" if names == MEMORY else ""
+    under = f" {sum(error < -0.03 for error in errors)} |" if names != TIME else ""
     return f"| {title} | {len(lines)} | {median(sizes):.1%} | {at_95:.1%} | {errors[0]:+.1%} |{under}"
 
 

@@ -26,7 +26,8 @@ class RunConfig:
     model: str
     """A local folder, a hub id, or `embedded` for the small model that ships with metier."""
     dataset: str
-    """Training records: a .jsonl, .json, .parquet or .csv file, a folder of splits or a `datasets` name."""
+    """Training records: a .jsonl, .json, .parquet or .csv file, a folder of splits, a `datasets` name or
+    embedded:NAME, a task that comes along."""
     output_dir: str
     """The run's folder: configuration, profile, selection, checkpoints, adapter, metrics, report."""
 

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from metier.data.sources import read_rows
-from metier.errors import DataError
+from metier.embedded import task_path
+from metier.errors import ConfigError, DataError
 
 ROWS = [{"prompt": "a, “b”\n", "completion": "ä\u2028"}, {"prompt": "c", "completion": "d"}]
 
@@ -129,6 +130,14 @@ def test_a_saved_dataset_gives_its_split(tmp_path: Path) -> None:
     assert [row for _, row in read_rows(tmp_path / "saved", split="test")] == ROWS
     with pytest.raises(DataError, match="no split 'train'; it has test"):
         list(read_rows(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("split", [None, "validation"])
+def test_an_embedded_task_is_a_source(split: str | None) -> None:
+    found = list(read_rows("embedded:synopsis", split=split))
+    assert found == list(read_rows(task_path("synopsis", split or "train")))
+    with pytest.raises(ConfigError, match="got 'synopsi'"):
+        list(read_rows("embedded:synopsi"))
 
 
 def test_a_dataset_name_is_loaded_with_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

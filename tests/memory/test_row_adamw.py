@@ -414,3 +414,27 @@ def test_a_disk_without_room_for_moments_is_told_before_the_first_step(tmp_path,
     with pytest.raises(RowStoreError, match=r"exp_avg: cannot reserve 480 bytes \(No space left on device\)"):
         RowAdamW([gradients.holder])
     assert [path.name for path in tmp_path.iterdir()] == ["rows.rows"]
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("mode", ["lazy", "exact"])
+@pytest.mark.parametrize(("num_rows", "width"), [(12, 64), (3000, 512), (12, 4096)])
+def test_what_updates_gather_is_what_the_planner_counts(num_rows, width, mode, state_dtype, monkeypatch):
+    row_update._buffers.cache_clear()
+    made, plain = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(plain(*a, **k)) or made[-1])
+    gradients = StepGradients(RowStore(num_rows // 3, 3, width))
+    optimizer = RowAdamW([gradients.holder], mode=mode, state_dtype=state_dtype)
+    for blocks in ([0], [0, 1]):
+        gradients.store.blocks(blocks, torch.device("cpu"), keep=True)
+        for place, flag in zip(*gradients.places(blocks, torch.device("cpu"))[:2], strict=True):
+            place.fill_(1)
+            flag.fill_(True)
+        optimizer.step()
+        optimizer.zero_grad()
+    of_buffers = sum(tensor.nbytes for tensor in made if tensor.dim() == 3 and len(tensor) == 4)
+    expected = row_update.buffer_bytes(
+        num_rows, width, torch.float32, state_dtype, is_exact=mode == "exact", on_cpu=True
+    )
+    assert of_buffers == expected
+    row_update._buffers.cache_clear()

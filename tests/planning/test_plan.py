@@ -117,8 +117,11 @@ def test_rows_of_a_sparse_adapter_are_counted_where_they_are(base):
 def test_rows_are_copied_to_a_device_that_has_memory_of_its_own(base):
     config, model = _run(base, method="meft", select_top_k=None, meft_r=64), tiny_model("deepseek_v2").config
     alone, apart = (Estimator(model, has_host=has_host)(config) for has_host in (False, True))
-    assert alone.device_bytes["fetched weights"] == 0
+    # rows and moments that are gathered to be updated, of 64 rows of keys and values of 32 numbers
+    gathered = 4 * 64 * (2 * 32) * 4
+    assert alone.device_bytes["fetched weights"] == gathered
     assert apart.device_bytes["fetched weights"] == apart.state.row_bytes
+    assert apart.host_bytes == alone.host_bytes + gathered
 
 
 def test_what_cannot_be_traced_is_said_and_does_not_count_as_fitting(base):
@@ -310,6 +313,18 @@ def _as_text(made: Plan) -> str:
     console = Console(file=io.StringIO(), width=200)
     console.print(made)
     return console.file.getvalue()
+
+
+def test_the_length_of_a_run_follows_from_its_records(base):
+    keys = {"num_train_epochs": 2, "gradient_accumulation_steps": 2}
+    made = plan(_run(base, **keys), methods=["esft"], num_records=100)
+    run = made.as_dict()["runs"][0]
+    # batches of 4, two a step
+    assert run["seconds_in_all"] == 2 * 13 * run["step_seconds"]
+    mixed = plan(_run(base, **keys, general_dataset="-", general_ratio=0.5), methods=["esft"], num_records=100)
+    assert mixed.seconds_in_all(mixed.rows[0]) == 2 * 19 * mixed.rows[0].time.seconds
+    with pytest.raises(ConfigError, match="records: must be at least 1, got 0"):
+        plan(_run(base), num_records=0)
 
 
 def test_seconds_of_a_step_and_of_all_and_what_they_go_to_are_shown(base):

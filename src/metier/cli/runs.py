@@ -68,6 +68,7 @@ def plan(
         str | None, typer.Option(help="Beside the device's; without either, device and host are one memory.")
     ] = None,
     labelled_share: Annotated[float, typer.Option(help="Of a batch's tokens, those that have a loss.")] = 0.5,
+    records: Annotated[int | None, typer.Option(help="Of the data set, for the seconds in all.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as JSON, too.")] = None,
     chart: Annotated[Path | None, typer.Option(help="Draw memory by kind: a .png or .html file.")] = None,
     device: Annotated[str | None, typer.Option(help="An accelerator to plan for, such as rtx-4090.")] = None,
@@ -100,7 +101,8 @@ def plan(
             raise ConfigError(f"plan: --runs: there is no folder {runs}, and nothing was forgotten. Name another.")
         is_alone = run is None and not context.args
         of_a_plan = (
-            method, device_memory, host_memory, output, chart, device, profile, world_size, link, devices_per_node,
+            method, device_memory, host_memory, records, output, chart, device, profile, world_size, link,
+            devices_per_node,
         )  # fmt: skip
         if is_alone and any(option is not None for option in of_a_plan):
             raise ConfigError("plan: --calibrate without a run plans nothing. Name the run, or its --model.")
@@ -132,6 +134,7 @@ def plan(
             device_memory=device_memory,
             host_memory=host_memory,
             labelled_share=labelled_share,
+            num_records=records,
             device=device,
             profile=None if profile is None else RoutingProfile.load(profile),
             world=world,

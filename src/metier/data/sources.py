@@ -18,10 +18,12 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from metier.embedded import task_path
 from metier.errors import DataError
 
 Row = dict[str, Any]
 DEFAULT_SPLIT = "train"
+_EMBEDDED = "embedded:"
 _SNIPPET_CHARS = 60
 
 
@@ -30,13 +32,17 @@ def read_rows(source: str | Path, *, split: str | None = None) -> Iterator[tuple
 
     Args:
         source: a .jsonl, .json, .parquet or .csv file; a folder with one or more such files for each split,
-            or one that `datasets` saved; or the name of a data set, `name:configuration` where it has
-            several.
+            or one that `datasets` saved; `embedded:NAME`, a task that comes along with metier; or the
+            name of a data set, `name:configuration` where it has several.
         split: of a folder or a data set; `train` where it is not given. A file has none.
 
     Raises:
         DataError: nothing is there, its kind is unknown, or it cannot be read.
+        ConfigError: no such task comes along.
     """
+    if str(source).startswith(_EMBEDDED):
+        yield from _read_file(task_path(str(source).removeprefix(_EMBEDDED), split or DEFAULT_SPLIT))
+        return
     path = Path(source).expanduser()
     if path.is_dir():
         yield from _read_folder(path, split or DEFAULT_SPLIT)

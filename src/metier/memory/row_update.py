@@ -30,6 +30,8 @@ from metier.memory.stochastic_rounding import round_stochastically
 
 CHUNK_BYTES = 4 << 20
 """Of one array in a chunk: measured best on a CPU whose cores share a cache of some tens of MB."""
+DEVICE_CHUNK_BYTES = 32 << 20
+"""The same on an accelerator, which has no use for its cache here; not measured."""
 
 IN_PLACE_BYTES = 16 << 10
 """Rows of so many bytes are updated in place: less and a list of them costs more than copies."""
@@ -87,11 +89,15 @@ class RowChunks:
 
     def __init__(self, bank: RowBank, state_dtype: str) -> None:
         self.bank, self.state = bank, RowState(bank, state_dtype)
-        columns, is_cpu = 2 * bank.hidden_size, bank.device.type == "cpu"
-        self.num_rows = max(1, CHUNK_BYTES // (4 * columns)) if is_cpu else 1 << 14
-        plain = is_cpu and state_dtype == "float32" and bank.dtype == torch.float32
-        self.in_place = plain and 4 * columns >= IN_PLACE_BYTES and columns % _KERNEL_NUMBERS == 0
-        self._buffers = _buffers(min(self.num_rows, bank.num_rows), columns, bank.device, get_ident())
+        columns, self._on_cpu = 2 * bank.hidden_size, bank.device.type == "cpu"
+        self.in_place = is_in_place(columns, bank.dtype, state_dtype, on_cpu=self._on_cpu)
+        self.num_rows = _rows_of_chunk(columns, on_cpu=self._on_cpu)
+
+    @property
+    def _buffers(self) -> Tensor:
+        """Made when they are first asked for: rows that are updated in place need none."""
+        num_rows, columns = min(self.num_rows, self.bank.num_rows), 2 * self.bank.hidden_size
+        return _buffers(num_rows, columns, self.bank.device, get_ident())
 
     @property
     def _rows_RC(self) -> Tensor:
@@ -118,6 +124,33 @@ class RowChunks:
             rows_SC = round_stochastically(rows_SC, generator)
         self._rows_RC.index_copy_(0, row_ids, rows_SC)
         self.state.write(row_ids, (first_SC, second_SC), generator)
+
+
+def is_in_place(columns: int, dtype: torch.dtype, state_dtype: str, *, on_cpu: bool) -> bool:
+    """Whether rows of so many numbers are updated where they lie."""
+    is_plain = on_cpu and state_dtype == "float32" and dtype == torch.float32
+    return is_plain and 4 * columns >= IN_PLACE_BYTES and columns % _KERNEL_NUMBERS == 0
+
+
+def _rows_of_chunk(columns: int, *, on_cpu: bool) -> int:
+    return max(1, (CHUNK_BYTES if on_cpu else DEVICE_CHUNK_BYTES) // (4 * columns))
+
+
+def buffer_bytes(
+    num_rows: int, hidden_size: int, dtype: torch.dtype, state_dtype: str, *, is_exact: bool, on_cpu: bool
+) -> int:
+    """What chunks take beside stores of so many rows each, once for all of a process.
+
+    Args:
+        num_rows, hidden_size, dtype: of the store with the most rows.
+        state_dtype: of the moments.
+        is_exact: whether rows catch up, which is done by chunks always.
+        on_cpu: where the rows are updated.
+    """
+    columns = 2 * hidden_size
+    if is_in_place(columns, dtype, state_dtype, on_cpu=on_cpu) and not is_exact:
+        return 0
+    return 4 * min(_rows_of_chunk(columns, on_cpu=on_cpu), num_rows) * columns * 4
 
 
 @lru_cache(maxsize=4)

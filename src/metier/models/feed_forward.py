@@ -9,7 +9,7 @@ from metier.models.encoder_decoder import refuse_encoder_decoder
 from metier.models.spellings import LAYER_INDEX, OTHER_MODALITY
 from metier.models.unwrap import bare_model, base_path
 
-NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe", "feedforward")
+NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe", "feedforward", "mlp_block")
 """Children of a decoder layer, in this order where a layer has two of them."""
 
 
@@ -34,7 +34,8 @@ def feed_forward_paths(model: nn.Module) -> list[str]:
         kinds = sorted({name for layer, _, name in children if _is_layer(layer)})
         raise UnsupportedModelError(
             f"{type(bare).__name__}: no decoder layer has a feed-forward block named {', '.join(NAMES)}; its layers "
-            f"have {', '.join(kinds) or 'no children'}.\nName the modules yourself by target_modules."
+            f"have {', '.join(kinds) or 'no children'}.\nName the modules yourself by target_modules, if there are "
+            "any: where a layer computes the block itself, as OPT's do, nothing can stand beside it."
         )
     return list(found.values())
 

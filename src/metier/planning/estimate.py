@@ -10,11 +10,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from metier.catalogue.tree import method_of
 from metier.config import RunConfig
 from metier.errors import UnsupportedModelError
+from metier.memory.row_update import buffer_bytes
 from metier.methods.virtual_tokens import num_virtual_tokens
 from metier.methods.wrap import meft_config, selects_experts
 from metier.planning.as_method import as_method
@@ -262,11 +264,30 @@ class Estimator:
             )
         return self._counted[key]
 
+    def _update_buffers(self, config: RunConfig) -> int:
+        """Of rows and moments that the optimizer gathers."""
+        if config.method != "meft":
+            return 0
+        return buffer_bytes(
+            meft_config(config).sizes.r,
+            self._hidden_size,
+            getattr(torch, config.meft_row_dtype),
+            config.meft_state_dtype,
+            is_exact=config.meft_update == "exact",
+            on_cpu=not self.has_host or config.meft_store != "device",
+        )
+
+    @property
+    def _hidden_size(self) -> int:
+        hidden_size: int = self.base.get_text_config().hidden_size
+        return hidden_size
+
     def _state(self, config: RunConfig) -> Estimate:
         counted = self._count(config)
         state = counted.state
         is_apart = config.method == "meft" and config.meft_store != "device"
         rows = state.row_bytes + state.row_state_bytes if is_apart else 0
+        buffers, on_host = self._update_buffers(config), is_apart and self.has_host
         stored = state.stored_bytes if config.base_store != "device" else 0
         device = {
             "frozen weights": state.base_bytes
@@ -275,8 +296,7 @@ class Estimator:
             + state.fixed_bytes
             + state.kept_bytes,
             # two layers' at a time; a store in fewer bits on the device itself is not fetched
-            "fetched weights": 2 * stored // max(1, len(state.rows) - 1)
-            + state.row_bytes * (is_apart and self.has_host),
+            "fetched weights": 2 * stored // max(1, len(state.rows) - 1) + (state.row_bytes if on_host else buffers),
             "trained weights": state.trained_bytes - (state.row_bytes if is_apart else 0),
             "gradients": self._gradients(config, state),
             "optimizer state": state.optimizer_bytes - (state.row_state_bytes if is_apart else 0),
@@ -288,11 +308,13 @@ class Estimator:
             trace=None,
             why_not_traced="",
             device_bytes=device,
-            host_bytes=stored * (config.base_store == "host") + rows * (config.meft_store == "host"),
+            host_bytes=stored * (config.base_store == "host")
+            + rows * (config.meft_store == "host")
+            + (buffers if on_host else 0),
             disk_bytes=stored * (config.base_store == "disk")
             + (rows + self._gradients_on_disk(config, state)) * (is_apart and config.meft_store == "disk"),
             base_itemsize=counted.base_itemsize,
-            hidden_size=self.base.get_text_config().hidden_size,
+            hidden_size=self._hidden_size,
             assumptions=counted.assumptions,
             units=counted.units,
             saved_bytes=counted.saved_bytes,

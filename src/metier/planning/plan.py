@@ -28,6 +28,7 @@ from metier.planning.devices import Device, device_of
 from metier.planning.estimate import Estimate, Estimator
 from metier.planning.fit import BY_SCORE, Budget, Change, Estimates, changed, smallest_change
 from metier.planning.kv_cache import KvCache, kv_cache
+from metier.planning.length import planned_steps
 from metier.planning.links import World
 from metier.planning.pays import Pays, where_sharding_pays
 from metier.planning.sharding import DDP, FSDP2, RankEstimator
@@ -110,6 +111,13 @@ class Plan:
     """The processes of the run, where they are said; bytes are those of one of them then."""
     pays: tuple[Pays, ...] = ()
     """Of each method, from how many processes on it fits."""
+    num_records: int | None = None
+    """Of the task, if they are said."""
+
+    def seconds_in_all(self, row: Row) -> float | None:
+        """Of a run's training; None where its length or a step's time is not known."""
+        steps = planned_steps(row.config, self.num_records, 1 if self.world is None else self.world.size)
+        return None if row.time is None or steps is None else steps * row.time.seconds
 
     @property
     def recommended(self) -> Row | None:
@@ -157,6 +165,7 @@ def plan(
     device: str | None = None,
     profile: RoutingProfile | None = None,
     world: World | None = None,
+    num_records: int | None = None,
     begun: Callable[[str], None] | None = None,
 ) -> Plan:
     """What a run takes, or the runs of several methods.
@@ -171,6 +180,7 @@ def plan(
         device: an accelerator (`devices.DEVICES`), whose memory counts where `device_memory` is not given.
         world: the processes of the run; bytes and seconds are those of one of them then, with copies of the weights and
             with shards, or with shards alone where the run says `fsdp`.
+        num_records: of the task, from which the number of steps follows where the run has no `max_steps`.
         begun: is told the name of each method as its turn comes.
 
     Raises:
@@ -179,6 +189,8 @@ def plan(
     """
     if not 0 < labelled_share <= 1:
         raise ConfigError(f"labelled_share: must be in (0, 1], got {labelled_share}.")
+    if num_records is not None and num_records < 1:
+        raise ConfigError(f"records: must be at least 1, got {num_records}.")
     for method in methods or ():
         method_of(method)
     ignore_renamed_options()
@@ -212,7 +224,7 @@ def plan(
         clock.save()
     why = "" if clock is not None else "what computes is not this machine's CPU. Name it: --device rtx-4090."
     was_busy, known = clock is not None and clock.was_busy, tuple(each for each in pays if each is not None)
-    return Plan(budget, tuple(rows), why, was_busy, device, _cache(base, config), world, known)
+    return Plan(budget, tuple(rows), why, was_busy, device, _cache(base, config), world, known, num_records)
 
 
 def why_not(config: RunConfig, memory: str | None = None) -> str:
@@ -339,7 +351,7 @@ def _rank_row(config: RunConfig, budget: Budget, estimator: Estimator, world: Wo
 
 
 def _row_as_dict(row: Row, plan: Plan) -> dict[str, Any]:
-    known, max_steps = {} if row.estimate is None else row.estimate.as_dict(), row.config.max_steps
+    known = {} if row.estimate is None else row.estimate.as_dict()
     cache = None if row.estimate is None else added_cache_bytes(plan, row.estimate)
     return {
         "method": row.config.method,
@@ -348,7 +360,7 @@ def _row_as_dict(row: Row, plan: Plan) -> dict[str, Any]:
         **known,
         f"added_cache_bytes_at_{LONG}_tokens": cache,
         **({} if row.time is None else row.time.as_dict()),
-        "seconds_in_all": None if row.time is None or max_steps is None else max_steps * row.time.seconds,
+        "seconds_in_all": plan.seconds_in_all(row),
         "link_seconds": row.link_seconds,
         "spread": None if row.spread is None else dataclasses.asdict(row.spread),
         "fits": row.fits,

@@ -70,7 +70,7 @@ def _cells(plan: Plan, row: Row) -> list[str]:
         size(found.disk_bytes),
         size(found.delta_bytes),
         *_teraflops(row.config.gradient_accumulation_steps, trace),
-        *_time_cells(row),
+        *_time_cells(plan, row),
         *_sent_cells(row),
         *_inference_cells(plan, found),
         row.verdict,
@@ -104,14 +104,15 @@ def _teraflops(num_batches: int, trace: StepTrace | None) -> list[str]:
     return [f"{number:.3g} TFLOPs" if number < 999.5 else f"{number:,.0f} TFLOPs" for number in both]
 
 
-def _time_cells(row: Row) -> list[str]:
+def _time_cells(plan: Plan, row: Row) -> list[str]:
     """Bytes that come from another tier in a step, the step's time, and that of all steps where their number is known.
 
     A step of the optimizer is meant, with all batches whose gradients it sums up.
     """
     if row.time is None:
         return ["–"] * 3
-    in_all = "–" if row.config.max_steps is None else duration(row.config.max_steps * row.time.seconds)
+    seconds = plan.seconds_in_all(row)
+    in_all = "–" if seconds is None else duration(seconds)
     return [size(sum(row.time.moved_bytes.values())), duration(row.time.seconds), in_all]
 
 

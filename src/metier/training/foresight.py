@@ -25,6 +25,7 @@ from metier.planning.budget import machine_budget, workspace_bytes
 from metier.planning.clock import clock_here
 from metier.planning.estimate import TRACED, Estimate, Estimator
 from metier.planning.fit import Estimates, changed, smallest_change
+from metier.planning.length import num_steps
 from metier.planning.machine import fingerprint
 from metier.planning.sharding import RankEstimator
 from metier.planning.spelling import size
@@ -70,6 +71,8 @@ class Foresight:
         self._workspace_bytes = 0 if torch.cuda.is_available() else workspace_bytes()
         self._own_bytes = 0 if torch.cuda.is_available() else peak_memory_bytes()
         self._peak_before = 0
+        self.warning = ""
+        """What a run that may begin should be told: that by what is foreseen it does not fit."""
         self._estimator = Estimator(base, has_host=self.budget.host_bytes is not None)
         self._estimates: Estimates = self._estimator
         if is_sharded:
@@ -118,6 +121,7 @@ class Foresight:
             return {"not_traced": found.why_not_traced}
         if not self.force:
             self._check(found, may_be_wrong=OVER_PREDICTED)
+            self.warning = self._lacks(found)
         times = self._times(found.config, items, steps_done)
         own_bytes = self._workspace_bytes + max(self._own_bytes, _held_beside_base(found))
         return {
@@ -161,6 +165,17 @@ class Foresight:
             "machine": "" if torch.cuda.is_available() else fingerprint(),
             "machine_was_busy": clock.was_busy,
         }
+
+    def _lacks(self, estimate: Estimate) -> str:
+        lacking = self.budget.lacking_bytes(estimate)
+        if not lacking:
+            return ""
+        change = smallest_change(self.config, self.budget, self._estimates)
+        advice = "" if change is None else f" It fits with {change}."
+        return (
+            f"Memory may not be enough: by what is foreseen {size(lacking)} are lacking, which may be up to "
+            f"{OVER_PREDICTED:.0%} too much.{advice}"
+        )
 
     def _check(self, estimate: Estimate, *, may_be_wrong: float = 0.0) -> None:
         lacking = self.budget.lacking_bytes(estimate)
@@ -238,11 +253,3 @@ def mean_tokens(items: Sequence[Item], config: RunConfig) -> float:
     of_all = math.comb(len(lengths), num_rows)
     longest = (math.comb(number, num_rows - 1) / of_all for number in range(len(lengths)))
     return num_rows * sum(share * length for share, length in zip(longest, sorted(lengths), strict=True))
-
-
-def num_steps(num_items: int, config: RunConfig) -> int:
-    """Of the optimizer, as the trainer counts them."""
-    if config.max_steps is not None:
-        return config.max_steps
-    batches = math.ceil(num_items / config.per_device_train_batch_size)
-    return math.ceil(config.num_train_epochs * math.ceil(batches / config.gradient_accumulation_steps))

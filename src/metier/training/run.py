@@ -138,6 +138,8 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
             steps_done=0 if checkpoint is None else step_of(checkpoint),
         )
     )
+    if foresight.warning:
+        console.print(foresight.warning, style="yellow")
     set_seed(config.seed)
     looked_at = batches_to_look_at(items.items, loaded.tokenizer, config)
     with gone_after_error(folder.rows):

@@ -11,7 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen3Config,
+    RecurrentGemmaConfig,
+)
 
 from metier.errors import BaseMismatchError, ConfigError, CorruptDeltaError, DeltaError, UnsupportedModelError
 from metier.memory import RowAdamW
@@ -31,7 +39,17 @@ def dense_model(kind: str = "llama", *, seed: int = 0, dtype: torch.dtype = torc
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
+def recurrent_gemma():
+    torch.manual_seed(0)
+    config = RecurrentGemmaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, lru_width=32
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 def any_model(kind: str):
+    if kind == "recurrent_gemma":
+        return recurrent_gemma()
     return dense_model(kind) if kind in DENSE else tiny_model(kind).eval()
 
 
@@ -54,7 +72,7 @@ def layers(model) -> list[MeftLayer]:
     return [module for module in model.modules() if isinstance(module, MeftLayer)]
 
 
-@pytest.mark.parametrize("kind", [*DENSE, *MOE])
+@pytest.mark.parametrize("kind", [*DENSE, *MOE, "recurrent_gemma"])
 def test_an_adapter_changes_nothing_at_first_then_trains_and_leaves_the_base_alone(kind):
     model = any_model(kind)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -279,3 +297,11 @@ def test_a_model_without_feed_forward_blocks_is_refused():
 def test_a_configuration_that_cannot_be_used_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         MeftConfig(**options)
+
+
+def test_layers_that_compute_the_block_themselves_are_refused():
+    config = OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    )
+    with pytest.raises(UnsupportedModelError, match="as OPT's do, nothing can stand beside it"):
+        peft.get_peft_model(AutoModelForCausalLM.from_config(config), MeftConfig(r=64))
