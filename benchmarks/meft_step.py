@@ -35,6 +35,7 @@ from metier.methods.meft.sparse_rows import sparse_rows
 
 RESULTS = Path(__file__).parent / "results"
 R, TOKENS, ROUNDS, ACCUMULATION = 6144, 512, 5, 16
+TIER_ROUNDS = {576: 81, 4096: 21}
 CROSSOVER_ROWS = (256, 512, 1024, 1536, 2048, 3072, 4096, 6144)
 
 
@@ -125,6 +126,7 @@ def step_part(width: int, num_layers: int, inputs: dict[str, Tensor]) -> list[st
             optimizer = torch.optim.AdamW(parameters, lr=1e-4, **options)
             sides[label] = step_of(dense, optimizer, hidden_TD.clone(), target_TD)
         for tier in ("host", "device"):
+            torch.manual_seed(0)  # the same rows
             sparse = [SparseAdapter(width, tier=tier) for _ in range(num_layers)]
             optimizer = RowAdamW([p for adapter in sparse for p in adapter.parameters()], lr=1e-4)
             sides[f"MEFT, {tier}"] = step_of(sparse, optimizer, hidden_TD.clone(), target_TD)
@@ -136,6 +138,26 @@ def step_part(width: int, num_layers: int, inputs: dict[str, Tensor]) -> list[st
         lines += [f"{name}: {used:.0%} of Key-Experts used, {updated:.0%} of rows updated a step", ""]
         lines += table(times, "dense")
     return lines
+
+
+def tiers_part(width: int, hidden_TD: Tensor, rounds: int) -> list[str]:
+    """The same adapter on the host and on the device, which on a CPU are one memory, in turn."""
+    sides = {}
+    for tier in ("host", "device"):
+        torch.manual_seed(0)
+        sparse = SparseAdapter(width, tier=tier)
+        optimizer = RowAdamW(sparse.parameters(), lr=1e-4)
+        sides[tier] = step_of([sparse], optimizer, hidden_TD.clone(), independent(width, TOKENS, 9))
+    times = seconds(sides, rounds)
+    ratios = [host / device for host, device in zip(times["host"], times["device"], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    medians = statistics.median(times["host"]) / statistics.median(times["device"])
+    line = (
+        f"One layer, width {width}: the host's step takes {medians:.3f} of the device's by the medians of {rounds} "
+        f"rounds, {middle:.3f} by the median of the rounds' ratios (quarters: {low:.3f} to {high:.3f})."
+    )
+    print(line, flush=True)
+    return [line, ""]
 
 
 def crossover_part(width: int, hidden_TD: Tensor) -> list[str]:
@@ -211,6 +233,7 @@ def main() -> None:
     lines += [f"torch {torch.__version__}, {torch.get_num_threads()} threads, {capability}.", ""]
     lines += adamw_part()
     real = feed_forward_inputs(ACCUMULATION)
+    tiers = ["## Tiers: host and device are one memory here, and the same rows", ""]
     for width, num_layers in ((576, 1), (4096, 2)):
         made = [correlated(width, TOKENS, 100 + micro) for micro in range(ACCUMULATION)]
         micro_batches = {"real": real} if width == 576 and real is not None else {"made": made}
@@ -218,8 +241,9 @@ def main() -> None:
         lines += step_part(width, num_layers, {name: batches[0], "independent": independent(width, TOKENS, 1)})
         lines += [f"One layer, {name} inputs, against dense adapters of fewer rows (fused AdamW):", ""]
         lines += crossover_part(width, batches[0])
+        tiers += tiers_part(width, batches[0], TIER_ROUNDS[width])
         lines += [f"Bytes that move, of the adapter's P, {name} inputs:", "", *bytes_part(width, batches)]
-    (RESULTS / "meft_step.md").write_text("\n".join(lines))
+    (RESULTS / "meft_step.md").write_text("\n".join([*lines, *tiers]))
 
 
 if __name__ == "__main__":

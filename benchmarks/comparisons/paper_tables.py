@@ -106,6 +106,23 @@ def sides_of(cells: Cells) -> dict[str, Side]:
     return found
 
 
+def at_the_edge(cells: Cells) -> str:
+    """Of the methods in these tables, on how many tasks the best rate is the least or the largest of those tried."""
+    counts = {}
+    for candidate in cells.config.candidates:
+        if candidate.label not in PAPER and candidate.label not in (RANDOM, COLDEST):
+            continue
+        rates = cells.rates(candidate)
+        best = [cells.best_rate(task, candidate) for task in cells.config.tasks]
+        if number := sum(rate in (min(rates), max(rates)) for rate in best):
+            counts[candidate.label] = number
+    named = "; ".join(f"{label} ({number})" for label, number in counts.items())
+    return (
+        "The best rate is the least or the largest of those that were tried, so that a better one may lie beyond, on "
+        f"so many of the {len(cells.config.tasks)} tasks: {named}."
+    )
+
+
 def mean_difference(first: list[Seeds], second: list[Seeds]) -> Change:
     """Of two methods, the mean over tasks, with its interval over seeds and items."""
     drawn: list[npt.NDArray[np.float64]] = []
@@ -323,6 +340,8 @@ class Answer:
             "task. The paper: DeepSeek-V2-Lite (66 experts a layer, 16 B parameters), up to 500 steps, 8 tasks, "
             "general data mixed in for all; here a model of 18.5 M parameters with 32 experts a layer, and no general "
             "data. Top-p is 0.5 here, 0.2 (token) and 0.1 (gate) there.",
+            "",
+            at_the_edge(cells),
             "",
         ]
         for part in (self.claims, self.table_1, self.table_2, self.table_3, self.table_4, self.costs):

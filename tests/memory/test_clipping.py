@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from metier.errors import RowStoreError
-from metier.memory import RowAdamW, RowStore
-from metier.memory.clipping import clip_grad_norm_
+from metier.memory import RowAdamW, RowStore, clip_grad_norm_, row_store
+from metier.memory.disk_cache import DiskCache
 from metier.memory.step_gradients import StepGradients
 
 N, M, D = 5, 3, 4
@@ -69,6 +69,31 @@ def test_what_comes_after_it_is_added_to_what_was_clipped(tier: str) -> None:
     last = 3 * torch.randn(M, 2, D, generator=torch.Generator().manual_seed(103))
     expected = before * (0.5 / norm) + torch.stack([last, torch.zeros_like(last), torch.zeros_like(last)])
     torch.testing.assert_close(gradients.holder.grad, expected)
+
+
+def test_what_was_given_up_is_clipped_all_the_same_before_more_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room in memory for two blocks of eight, of the size of a page."""
+    monkeypatch.setattr("metier.memory.disk_cache.BATCH_BYTES", 0)
+    monkeypatch.setattr("metier.memory.step_gradients.GROUP_BYTES", 1)
+    cache = DiskCache(most_bytes=2 << 12)
+    monkeypatch.setattr(row_store, "disk_cache", lambda: cache)
+    found = []
+    for tier in ("host", "disk"):
+        gradients = StepGradients(RowStore(8, 1, 512, tier=tier))
+        for first in (0, 2, 4, 6):
+            blocks = [first, first + 1]
+            for place, flag in zip(*gradients.places(blocks, CPU)[:2], strict=True):
+                place.copy_(torch.randn(1, 2, 512, generator=torch.Generator().manual_seed(first)))
+                flag.fill_(True)
+            gradients.changed(blocks)
+        clip_grad_norm_([gradients.holder], 0.5)
+        assert gradients.scale < 1 or tier == "host"
+        (place,), *_ = gradients.places([3], CPU)
+        place += 1
+        gradients.changed([3])
+        RowAdamW([gradients.holder], lr=1e-2, eps=1.0).step()
+        found.append(gradients.store.saved().clone())
+    assert torch.equal(*found)
 
 
 def test_a_new_step_begins_unclipped() -> None:

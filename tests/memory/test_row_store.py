@@ -115,12 +115,18 @@ def test_the_log_counts_bytes_touched_and_hits_where_rows_move(is_slow):
     store.end_step([1, 3])
     store.blocks([1], CPU, keep=True)
     store.meter.used([1], [4])
+    store.end_step([1])
+    store.blocks([0, 2], CPU, keep=False)  # an evaluation
+    store.blocks([2], CPU, keep=False)
     logged = of_a_step([store.meter.take()], 2)
     assert logged["row_bytes_touched"] == 5 * 3 * 2 * 5 * 4 / 2
     assert logged["key_expert_load_max"] == 24 / (28 / 4)
     assert logged["key_experts_unused"] == 0.5
     # all three that two steps asked for had to be fetched; what is addressed in place has no such rate
     assert logged.get("row_cache_hit_rate") == (0.0 if is_slow else None)
+    store.blocks([2], CPU, keep=True)
+    store.end_step([2])
+    assert of_a_step([store.meter.take()], 1).get("row_cache_hit_rate") == (0.0 if is_slow else None)
 
 
 def test_hits_are_blocks_that_an_earlier_step_has_left(tmp_path, monkeypatch):

@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 from metier.cli import app
 from metier.config import RunConfig
 from metier.errors import ConfigError, ModelError, UnsupportedModelError
-from metier.planning import budget, estimate
+from metier.planning import budget, estimate, fit
 from metier.planning.clock import clock_here
 from metier.planning.estimate import KINDS, Estimator
-from metier.planning.fit import Budget, changed, smallest_change
+from metier.planning.fit import Budget, Change, changed, smallest_change
 from metier.planning.kv_cache import kv_cache
 from metier.planning.machine import fingerprint
+from metier.planning.measured import ON_DENSE, ON_MOE
 from metier.planning.plan import METHODS, Plan, plan
 from metier.planning.sizes import read_bytes
 from metier.planning.spelling import count, duration, size
@@ -162,6 +163,77 @@ def test_of_several_changes_none_is_made_for_nothing(base):
         assert not budget.fits(estimator(changed(config, fewer))), key
 
 
+@pytest.mark.parametrize(
+    ("keys", "has_host", "expected"),
+    [
+        (
+            {"select_top_k": 4, "max_length": 1024},
+            True,
+            "gradient_checkpointing: true | per_device_train_batch_size: 1, gradient_accumulation_steps: 4 | base_store: host | "
+            "base_format: int8 | base_store: disk | base_format: nf4 | select_top_k: 2 | dtype: bfloat16 | max_length: 512 | "
+            "max_length: 256",
+        ),
+        ({"select_top_k": None, "top_p": 0.4}, False, "top_p: null, select_top_fraction: 0.05"),
+        ({"select_top_k": None, "select_top_fraction": 0.5}, False, "select_top_fraction: 0.25"),
+        ({"select_top_k": None, "method": "meft", "meft_r": 64}, False, "meft_store: disk"),
+        (
+            {"select_top_k": None, "method": "meft", "meft_r": 64, "meft_store": "device"},
+            True,
+            "meft_store: host | meft_store: disk",
+        ),
+    ],
+)
+def test_what_may_be_changed_is_tried_in_this_order(base, keys, has_host, expected):
+    config, shown = _run(base, **keys), []
+    for change in fit._changes(config, has_host=has_host):
+        differing = {key: value for key, value in change.items() if getattr(config, key) != value}
+        shown.append(str(Change(differing, _estimator(base)(config))))
+    assert expected in " | ".join(shown)
+
+
+def test_what_is_moved_needs_no_clock(base):
+    on_disk = plan(_run(base, base_store="disk"), device_memory="100MiB", host_memory="100KiB")
+    assert on_disk.rows[0].time is None
+    moved = on_disk.as_dict()["runs"][0]["moved_bytes"]
+    assert moved == {"host": 0, "disk": 2 * on_disk.rows[0].estimate.state.stored_bytes}
+    assert size(moved["disk"]) in _as_text(on_disk)
+
+
+def test_the_best_measured_is_recommended_and_who_is_level_with_it_named(base):
+    made = plan(_run(base), methods=("lora", "esft", "meft"), device_memory="8GiB")
+    assert made.measured is ON_MOE
+    assert made.recommended.config.method == "esft"
+    assert [row.config.method for row in made.level] == ["meft"]
+    text = " ".join(_as_text(made).split())
+    assert "esft fits, and of what fits had the highest score on the embedded MoE model's three tasks: 87%" in text
+    assert "Not told apart from the best method there, the least memory first: meft (" in text
+    elsewhere = plan(_run(base, select_top_k=None, method="lora", targets="attention"), device_memory="8GiB")
+    assert elsewhere.recommended is None
+
+
+@pytest.mark.parametrize(
+    ("measured", "folder", "stands_for"),
+    [
+        (
+            ON_MOE,
+            "embedded",
+            {"lora": "LoRA, all experts", "esft": "ESFT, token scores", "whole_parts": "shared experts alone"},
+        ),
+        (ON_DENSE, "smollm2", {}),
+    ],
+)
+def test_what_was_measured_is_what_the_comparison_says(measured, folder, stands_for):
+    path = Path(__file__).parents[2] / "benchmarks" / "comparisons" / folder / "comparison.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    num_tasks = len(found["rows"])
+    for method, one in measured.methods.items():
+        labels = {row["label"] for rows in found["rows"].values() for row in rows if row["method"] == method}
+        label = stands_for.get(method) or labels.pop()
+        (over,) = [row for row in found["over_tasks"] if row["label"] == label]
+        assert one.share == pytest.approx(over["gain_share"], abs=0.005), method
+        assert one.is_level == (over["num_ties_with_best"] == num_tasks), method
+
+
 def test_what_no_change_makes_fit_is_said(base):
     made = plan(_run(base), device_memory="10KiB")
     (row,) = made.rows
@@ -237,7 +309,7 @@ def test_the_command_prints_a_table_and_writes_json(base, tmp_path):
     done = CliRunner().invoke(app, ["plan", "--model", str(base), *options, "-o", str(tmp_path / "new" / "plan.json")])
     assert done.exit_code == 0, done.output
     assert "at the peak" in done.output
-    assert "lora fits, and had" in done.output or "esft fits, and had" in done.output
+    assert "esft fits, and of what fits had" in done.output
     written = json.loads((tmp_path / "new" / "plan.json").read_text())
     assert written["device_memory_bytes"] == 8 << 30
     assert [run["method"] for run in written["runs"]] == ["esft", "lora"]

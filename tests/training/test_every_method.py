@@ -23,7 +23,7 @@ from metier.training import run as run_module
 from metier.training.run import RunResult, train
 from tiny_models import tiny_model, tiny_tokenizer
 
-FAMILIES = {DENSE: "llama", MOE: "deepseek_v2"}
+FAMILIES = {DENSE: "llama", MOE: "deepseek_v2", "mixtral": "mixtral"}
 OPTIONS: dict[str, dict] = {
     "cpt": {"cpt_token_ids": [5, 6, 7, 8]},
     "trainable_tokens": {"token_indices": [70, 80]},
@@ -103,6 +103,7 @@ CASES = [
     for kind in method.fits
     if kind != MOE or method.name not in NOT_ON_LATENTS
 ]
+CASES += [(name, "mixtral") for name in NOT_ON_LATENTS]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES, ids=["-".join(case) for case in CASES])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from io import StringIO
 from itertools import combinations
 from pathlib import Path
@@ -25,7 +26,6 @@ from metier.planning.step import Batch
 from metier.training import foresight as module
 from metier.training.foresight import Foresight, largest_batch
 from metier.training.run import train
-from metier.training.telling import peak_beside_foreseen
 from tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -69,7 +69,6 @@ def test_what_was_foreseen_stands_beside_what_was_measured(config, monkeypatch, 
     # a model of a few hundred kilobytes is nothing beside the process
     assert predicted["peak_memory_bytes"] == pytest.approx(measured["peak_memory_bytes"], rel=0.5)
     assert "foreseen (" in printed.file.getvalue()
-    assert ("without what glibc keeps" in printed.file.getvalue()) == is_kept
 
 
 def test_a_run_whose_step_cannot_be_traced_goes_on_and_says_why_nothing_was_foreseen(config, monkeypatch):
@@ -258,7 +257,26 @@ def test_what_is_held_for_records_by_now_is_foreseen(config):
 
 
 @pytest.mark.parametrize("is_kept", [True, False])
-def test_where_glibc_keeps_what_is_freed_the_peak_is_told_so(is_kept: bool) -> None:
-    said = peak_beside_foreseen(2 << 30, {"peak_memory_bytes": 1 << 30, "keeps_freed_memory": is_kept})
-    assert said.startswith("Peak memory 2 GiB, 1 GiB foreseen (-50.0%)")
-    assert ("without what glibc keeps" in said) == is_kept
+def test_where_glibc_keeps_what_is_freed_that_is_foreseen_too(config, monkeypatch, is_kept: bool) -> None:
+    monkeypatch.setattr(module, "is_left_alone", lambda: is_kept)
+    items = [Encoded(input_ids=[5, 6, 7], labels=[-100, 6, 7], origin="test")] * 4
+    kept = Foresight(config, tiny_model("deepseek_v2").config, force=True)
+    found = kept.before_training(items, None)
+    rest = found["peak_memory_bytes"] - found["kept_freed_bytes"]
+    assert found["kept_freed_bytes"] == (int(module.KEPT * rest) if is_kept else 0)
+
+
+def test_what_may_not_fit_is_told_before_the_first_step(config, monkeypatch) -> None:
+    found = Foresight(config, tiny_model("deepseek_v2").config, force=False)._estimator(config)
+    monkeypatch.setattr(module, "largest_batch", lambda items, config: None)  # a full one
+    _limited(monkeypatch, int(0.95 * found.total_device_bytes))
+    console = Console(file=StringIO(), width=500)
+    train(config, console=console)
+    told = console.file.getvalue()
+    assert "Foreseen: " in told
+    assert told.index("Foreseen: ") < told.index("Memory may not be enough: ")
+    assert re.search(r"[1-9]\S* \S+ are lacking of \S+ \S+, which may be foreseen up to 9% too large", told)
+    roomy = Console(file=StringIO(), width=500)
+    monkeypatch.undo()
+    train(dataclasses.replace(config, output_dir=f"{config.output_dir}-roomy"), console=roomy)
+    assert "Memory may not" not in roomy.file.getvalue()

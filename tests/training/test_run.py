@@ -98,6 +98,7 @@ def test_before_the_first_step_it_says_what_is_trained_per_layer(configure: Conf
     assert "2 experts: 2, 5" in lines["1"]
     assert f"{2 * expert:,}" in lines["1"]
     assert "1 experts: 0" in lines["2"]
+    assert "routed: 2 of 2 (experts); router: none of 2" in text[text.index("Covered: ") :]
     assert "nothing" in lines["other"]
     assert text.index("parameters are trained") < text.index("step 1/4")
 

@@ -21,8 +21,8 @@ def load_records(
     """Load records of any supported format from a file, a folder of splits or a `datasets` name.
 
     Args:
-        source: .jsonl, .json, .parquet or .csv; a folder with such files named by split; or a `datasets`
-            name, `name:configuration` where it has several.
+        source: .jsonl, .json, .parquet or .csv; a folder with such files named by split; `embedded:NAME`,
+            a task that comes along; or a `datasets` name, `name:configuration` where it has several.
         split: of a folder or a data set, `train` by default; a file has none.
         limit: load the first `limit` records only.
         keep: keys beyond those of the format that go into a record's `extra`.
@@ -32,6 +32,7 @@ def load_records(
 
     Raises:
         DataError: for anything that cannot be read or understood, with the file and the line.
+        ConfigError: no such task comes along.
     """
     if limit is not None and limit < 1:
         raise DataError(f"{source}: limit must be at least 1, got {limit}.")

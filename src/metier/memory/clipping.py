@@ -8,10 +8,11 @@ finite says that all gradients are, so that the optimizer need not look again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from metier.memory.step_gradients import step_gradients_of
 
@@ -19,38 +20,33 @@ _NEXT_TO_NOTHING = 1e-6
 """Added to a norm that is divided by, as torch has it."""
 
 
-def _total_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-
 @torch.no_grad()
-def clip_grad_norm_(
-    parameters: Iterable[nn.Parameter],
-    max_norm: float,
-    *,
-    norm_of: Callable[[Sequence[nn.Parameter]], Tensor] = _total_norm,
-) -> Tensor:
+def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients so that their 2-norm, as one vector, is at most `max_norm`.
 
     Args:
-        parameters: those of rows among them; as `torch.nn.utils.clip_grad_norm_` otherwise.
+        parameters: those of rows among them; as `torch.nn.utils.clip_grad_norm_` otherwise, shards too.
         max_norm: inf to know the norm and change nothing.
-        norm_of: the norm of the ordinary parameters' gradients, where that is not a matter of this process alone.
 
     Returns:
         the norm before, float32 on the CPU.
     """
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    ordinary = [parameter for parameter in with_gradient if step_gradients_of(parameter) is None]
     of_rows = [found for p in with_gradient if (found := step_gradients_of(p)) is not None]
-    norms = [float(norm_of(ordinary))] if ordinary else []
-    norms += [gradients.norm() for gradients in of_rows]
+    ordinary = [p.grad for p in with_gradient if p.grad is not None and step_gradients_of(p) is None]
+    shards: list[Tensor] = [grad for grad in ordinary if isinstance(grad, DTensor)]
+    whole = [grad for grad in ordinary if not isinstance(grad, DTensor)]
+    norms = [_norm(some) for some in (shards, whole) if some] + [gradients.norm() for gradients in of_rows]
     norm = math.hypot(*norms)
     scale = max_norm / (norm + _NEXT_TO_NOTHING)
     if scale < 1:
-        for parameter in ordinary:
-            assert parameter.grad is not None, "the others were left out"
-            parameter.grad.mul_(scale)
+        for grad in ordinary:
+            grad.mul_(scale)
         for gradients in of_rows:
             gradients.multiply(scale)
     return torch.tensor(norm)
+
+
+def _norm(grads: list[Tensor]) -> float:
+    norm = torch.nn.utils.get_total_norm(grads)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

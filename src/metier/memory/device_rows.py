@@ -59,6 +59,7 @@ class DeviceRows:
         fetched = dict(zip(missing, self._fetch(missing), strict=True))
         if keep:
             self._fetched |= fetched
+            self.store.copied.update(missing)
         found = self._fetched | fetched
         meter.stall_seconds += time.perf_counter() - started
         rows_per_block = self.rows_per_block

@@ -61,6 +61,8 @@ class CachedFile:
     changed: set[int] = field(default_factory=set)
     stored: set[int] = field(default_factory=set)
     """Pieces that the disk has; the others have never left memory, or hold nothing."""
+    read: set[int] = field(default_factory=set)
+    """Pieces that came from the disk; who counts them empties it."""
     reading: Future[Any] | None = None
     """The last that the reader was given for it, until that is done; it takes all in turn."""
 
@@ -118,9 +120,9 @@ class DiskCache:
             # room is made before anything is read into it
             self._make_room()
             if missing:
-                num_read = len(file.stored.intersection(missing))
-                file.meter.bytes_from_disk += num_read * file.piece_bytes
-                file.meter.num_fetched += num_read if file.kind == "rows" else 0
+                read = file.stored.intersection(missing)
+                file.meter.bytes_from_disk += len(read) * file.piece_bytes
+                file.read |= read
                 file.reading = self._reader.submit(_read, file, missing, to_write)
 
     def wait_for(self, file: CachedFile) -> None:

@@ -14,7 +14,7 @@ class Meter:
     block_bytes: int = 0
     """Of a block's rows."""
     num_blocks_used: int = 0
-    """Blocks of the forward passes, each counted once a pass."""
+    """Blocks of the backward passes, each counted once a pass."""
     num_rows_updated: int = 0
     bytes_to_device: int = 0
     bytes_from_device: int = 0
@@ -23,8 +23,10 @@ class Meter:
     """Rows, moments and gradients for which there was no room in memory."""
     num_asked: int = 0
     """Blocks whose rows a step asked for where they are not always at hand, each counted once a step."""
+    num_moved: int = 0
+    """Of them, those whose rows had to be moved for it; the others were there already."""
     num_fetched: int = 0
-    """Blocks whose rows were moved to be there, each time that they were; the others of a step were there already."""
+    """Blocks whose rows were copied to a device, each time that they were."""
     stall_seconds: float = 0.0
     """Time that a pass waited for rows."""
     tokens_by_block: list[int] = field(default_factory=list)
@@ -67,8 +69,8 @@ def of_a_step(meters: Sequence[Meter], num_steps: int) -> dict[str, float]:
         )
     }
     touched = sum(meter.num_blocks_used * meter.block_bytes for meter in meters) / num_steps
-    num_asked, num_fetched = (sum(getattr(meter, name) for meter in meters) for name in ("num_asked", "num_fetched"))
-    hits = {"row_cache_hit_rate": max(0.0, 1 - num_fetched / num_asked)} if num_asked else {}
+    num_asked, num_moved = (sum(getattr(meter, name) for meter in meters) for name in ("num_asked", "num_moved"))
+    hits = {"row_cache_hit_rate": 1 - num_moved / num_asked} if num_asked else {}
     tokens = [meter.tokens_by_block for meter in meters]
     return {
         "rows_updated": sums["num_rows_updated"],

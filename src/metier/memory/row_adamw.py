@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw
 from metier.errors import ConfigError, RowStoreError
 from metier.memory.row_state import STATE_DTYPES, RowBank, add_state
 from metier.memory.row_update import RowChunks, StepHistory, StepSettings, catch_up, update_rows
-from metier.memory.step_gradients import StepGradients, step_gradients_of
+from metier.memory.step_gradients import StepGradients, is_finite, step_gradients_of
 
 UpdateMode = Literal["lazy", "exact"]
 UPDATE_MODES: tuple[str, ...] = get_args(UpdateMode)
@@ -141,12 +141,7 @@ class RowAdamW(Optimizer):
                 gradients = step_gradients_of(parameter)
                 if parameter.grad is None:
                     continue
-                if gradients is not None:
-                    are_finite = gradients.are_finite
-                else:
-                    # a sum that is not finite may also have overflowed
-                    are_finite = bool(torch.isfinite(parameter.grad.sum()) or torch.isfinite(parameter.grad).all())
-                if are_finite:
+                if is_finite(parameter.grad) if gradients is None else gradients.are_finite():
                     continue
                 where = f"a parameter of shape {list(parameter.shape)}" if gradients is None else gradients.store.name
                 raise RowStoreError(

@@ -74,7 +74,9 @@ class RowStore:
         self.cache_bytes, self.is_remote = cache_bytes, is_remote
         self.meter = Meter(num_blocks, rows_per_block * 2 * hidden_size * dtype.itemsize)
         self._asked: set[int] = set()
-        """Blocks that the step has asked for."""
+        """Blocks that the step has asked for, where they may have to be moved for it."""
+        self.copied: set[int] = set()
+        """Those that were copied to a device for the step."""
         self.on_device: DeviceRows | None = None
         """What of the store is on the device that computes, where that cannot address the store."""
         self.before_use: Callable[[Sequence[int] | None], None] | None = None
@@ -164,7 +166,8 @@ class RowStore:
             phase: of the step.
         """
         self.move_to(device)
-        self._count(block_ids, device)
+        if keep and (self.tier == "disk" or self.is_remote or self.device != device):
+            self._asked.update(block_ids)
         self.expect(in_order=False)
         self.come_to(phase)
         self.wanted(block_ids)
@@ -183,16 +186,13 @@ class RowStore:
             self.on_device = DeviceRows(self, device, self.cache_bytes)
         return self.on_device.blocks(block_ids, keep=keep)
 
-    def _count(self, block_ids: Sequence[int], device: torch.device) -> None:
-        """Count those that a step asks for the first time, where they may have to be fetched."""
-        if self.tier == "disk" or self.is_remote or self.device != device:
-            before = len(self._asked)
-            self._asked.update(block_ids)
-            self.meter.num_asked += len(self._asked) - before
-
     def end_step(self, block_ids: Sequence[int]) -> None:
         """An optimizer has updated rows of these blocks."""
-        self._asked.clear()
+        read = self._files["rows"].read if "rows" in self._files else set()
+        self.meter.num_asked += len(self._asked)
+        self.meter.num_moved += len(self._asked & (self.copied | read))
+        for counted in (self._asked, self.copied, read):
+            counted.clear()
         if self.on_device is not None:
             self.on_device.end_step(block_ids)
 

@@ -89,9 +89,9 @@ class RowChunks:
 
     def __init__(self, bank: RowBank, state_dtype: str) -> None:
         self.bank, self.state = bank, RowState(bank, state_dtype)
-        columns, self._on_cpu = 2 * bank.hidden_size, bank.device.type == "cpu"
-        self.in_place = is_in_place(columns, bank.dtype, state_dtype, on_cpu=self._on_cpu)
-        self.num_rows = _rows_of_chunk(columns, on_cpu=self._on_cpu)
+        columns, on_cpu = 2 * bank.hidden_size, bank.device.type == "cpu"
+        self.in_place = is_in_place(columns, bank.dtype, state_dtype, on_cpu=on_cpu)
+        self.num_rows = _rows_of_chunk(columns, on_cpu=on_cpu)
 
     @property
     def _buffers(self) -> Tensor:

@@ -118,7 +118,6 @@ class StepGradients:
         for group in self.groups("norm", self.read_ahead):
             yield grad[group]
 
-    @property
     def are_finite(self) -> bool:
         """Whether all are; nothing is read where their norm said so and nobody has written since."""
         grad = self.holder.grad
@@ -126,8 +125,7 @@ class StepGradients:
             found, version = self._found_finite
             if found is grad and version == grad._version:
                 return True
-        # a sum that is not finite may also have overflowed
-        return all(bool(torch.isfinite(part.sum()) or torch.isfinite(part).all()) for part in self.parts())
+        return all(is_finite(part) for part in self.parts())
 
     def norm(self) -> float:
         """The 2-norm of all of them, as one vector."""
@@ -225,6 +223,11 @@ class StepGradients:
         # one number seen from everywhere: the shape that a gradient needs, without its memory
         self.holder.data = self._buffer.new_zeros(1).expand(num_slots, *self._shape)
         self.holder.grad = self._buffer[:num_slots]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are; a sum, which is quick, may have overflowed where they are."""
+    return bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all())
 
 
 def refuse_other_optimizers(optimizer: Optimizer, *_: Any) -> None:

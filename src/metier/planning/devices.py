@@ -11,6 +11,9 @@ from metier.errors import ConfigError
 
 REACHED_RATE, REACHED_BANDWIDTH = 0.6, 0.8
 """Of a maker's figures, what long kernels are taken to reach: an assumption."""
+ALLOCATION_BYTES = 512
+"""PyTorch's caching allocator gives whole multiples of so many (kMinBlockSize, c10/cuda/CUDACachingAllocator.cpp).
+That it asks the driver for 2 MiB and more at a time, and what of that lies idle, is not modelled."""
 
 
 @dataclass(frozen=True, slots=True)

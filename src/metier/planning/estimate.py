@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from metier.catalogue.tree import method_of
@@ -19,6 +20,7 @@ from metier.errors import UnsupportedModelError
 from metier.memory.row_update import buffer_bytes
 from metier.methods.virtual_tokens import num_virtual_tokens
 from metier.methods.wrap import meft_config, selects_experts
+from metier.models.moe import is_dense
 from metier.planning.as_method import as_method
 from metier.planning.from_config import run_skeleton
 from metier.planning.routes import Chances, assumed_chances, chances_of
@@ -73,12 +75,18 @@ class Estimate:
     """Of an adapter, as PEFT saves it; None where what is trained is what is saved."""
     base_forward_flops: int | None = None
     """Of the batch through the base alone; None where the delta can be merged, or that was not traced."""
+    is_moe: bool = False
     num_virtual_tokens: int | None = 0
     """Of each sequence's KV cache, what the method takes; None where a network beside the base has its own."""
 
     @property
     def total_device_bytes(self) -> int:
         return sum(self.device_bytes.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """On the device and on the host."""
+        return self.total_device_bytes + self.host_bytes
 
     @property
     def delta_bytes(self) -> int:
@@ -261,10 +269,11 @@ class Estimator:
                 assumptions=said,
                 saved_bytes=saved_bytes(model, key.method, density=key.procedure_options.get("density", 1.0)),
                 num_virtual_tokens=num_virtual_tokens(model),
+                is_moe=_is_moe(model),
             )
         return self._counted[key]
 
-    def _update_buffers(self, config: RunConfig) -> int:
+    def _update_buffers(self, config: RunConfig, *, on_cpu: bool) -> int:
         """Of rows and moments that the optimizer gathers."""
         if config.method != "meft":
             return 0
@@ -274,7 +283,7 @@ class Estimator:
             getattr(torch, config.meft_row_dtype),
             config.meft_state_dtype,
             is_exact=config.meft_update == "exact",
-            on_cpu=not self.has_host or config.meft_store != "device",
+            on_cpu=on_cpu,
         )
 
     @property
@@ -287,7 +296,8 @@ class Estimator:
         state = counted.state
         is_apart = config.method == "meft" and config.meft_store != "device"
         rows = state.row_bytes + state.row_state_bytes if is_apart else 0
-        buffers, on_host = self._update_buffers(config), is_apart and self.has_host
+        buffers = self._update_buffers(config, on_cpu=is_apart or not self.has_host)
+        on_host = is_apart and self.has_host
         stored = state.stored_bytes if config.base_store != "device" else 0
         device = {
             "frozen weights": state.base_bytes
@@ -296,7 +306,10 @@ class Estimator:
             + state.fixed_bytes
             + state.kept_bytes,
             # two layers' at a time; a store in fewer bits on the device itself is not fetched
-            "fetched weights": 2 * stored // max(1, len(state.rows) - 1) + (state.row_bytes if on_host else buffers),
+            "fetched weights": 2 * stored // max(1, len(state.rows) - 1)
+            + (state.row_bytes if on_host else buffers)
+            # of rows that are kept there to be updated there
+            + (self._update_buffers(config, on_cpu=False) if on_host and config.meft_cache_bytes else 0),
             "trained weights": state.trained_bytes - (state.row_bytes if is_apart else 0),
             "gradients": self._gradients(config, state),
             "optimizer state": state.optimizer_bytes - (state.row_state_bytes if is_apart else 0),
@@ -319,6 +332,7 @@ class Estimator:
             units=counted.units,
             saved_bytes=counted.saved_bytes,
             num_virtual_tokens=counted.num_virtual_tokens,
+            is_moe=counted.is_moe,
         )
 
 
@@ -332,6 +346,14 @@ class _Counted:
     assumptions: tuple[str, ...]
     saved_bytes: int | None
     num_virtual_tokens: int | None
+    is_moe: bool
+
+
+def _is_moe(model: nn.Module) -> bool:
+    try:
+        return not is_dense(model)
+    except UnsupportedModelError:  # its experts are of a kind that nobody can select
+        return True
 
 
 def _on_device(config: RunConfig) -> RunConfig:

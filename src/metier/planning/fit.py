@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from metier.catalogue.tree import method_of
-from metier.config import RunConfig
+from metier.config import POLICIES, RunConfig
 from metier.errors import ConfigError
+from metier.methods.wrap import selects_experts
 from metier.planning.estimate import Estimate
+from metier.planning.from_config import ASSUMED_SHARE
 from metier.planning.step import Batch
-
-BY_SCORE = ("full", "esft", "lora", "expert_lora", "meft")
-"""Methods, the one with the highest task score first: benchmarks/results/quality.md, task records alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +49,7 @@ class Change:
     """A run that fits, and what of another one was changed for it."""
 
     keys: dict[str, Any]
+    """Those that are to have another value."""
     estimate: Estimate
 
     def __str__(self) -> str:
@@ -87,6 +87,7 @@ def smallest_change(config: RunConfig, budget: Budget, estimator: Estimates) -> 
         if not budget.fits(estimator.without_activations(wanted)):
             return None
         estimate = estimator(wanted)
+        keys = {key: value for key, value in keys.items() if getattr(config, key) != value}
         return Change(keys, estimate) if estimate.trace is not None and budget.fits(estimate) else None
 
     singles = list(_changes(config, has_host=budget.host_bytes is not None))
@@ -125,6 +126,14 @@ def _changes(config: RunConfig, *, has_host: bool) -> Iterator[dict[str, Any]]:
         yield {"select_top_k": config.select_top_k // 2}
     elif config.select_top_fraction is not None:
         yield {"select_top_fraction": config.select_top_fraction / 2}
+    elif selects_experts(config) and config.selection is None and config.select_top_k is None:
+        # how many the task's scores select is not known; of what is assumed the half
+        yield {**dict.fromkeys(POLICIES), "select_top_fraction": ASSUMED_SHARE / 2}
+    if config.method == "meft":
+        if config.meft_store == "device" and has_host:
+            yield {"meft_store": "host"}
+        if config.meft_store != "disk":
+            yield {"meft_store": "disk"}
     if config.dtype in ("float32", "auto"):
         yield {"dtype": "bfloat16"}
     length = config.max_length
@@ -139,4 +148,4 @@ def changed(config: RunConfig, keys: dict[str, Any]) -> RunConfig:
 
 
 def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

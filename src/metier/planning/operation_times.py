@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metier.memory.clipping import clip_grad_norm_
 from metier.memory.row_adamw import RowAdamW
 from metier.memory.row_store import RowStore
 from metier.memory.step_gradients import StepGradients
@@ -145,7 +146,7 @@ def row_adamw_number() -> float:
     optimizer = RowAdamW([gradients.holder])
 
     def step(_: int) -> None:
-        torch.nn.utils.clip_grad_norm_([gradients.holder], 1.0)
+        clip_grad_norm_([gradients.holder], 1.0)
         optimizer.step()
 
     return _timed(step) / _NUMBERS

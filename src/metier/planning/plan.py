@@ -26,14 +26,15 @@ from metier.planning.budget import machine_budget
 from metier.planning.clock import Clock, DeviceClock, clock_here
 from metier.planning.devices import Device, device_of
 from metier.planning.estimate import Estimate, Estimator
-from metier.planning.fit import BY_SCORE, Budget, Change, Estimates, changed, smallest_change
+from metier.planning.fit import Budget, Change, Estimates, changed, smallest_change
 from metier.planning.kv_cache import KvCache, kv_cache
 from metier.planning.length import planned_steps
 from metier.planning.links import World
+from metier.planning.measured import ON_DENSE, ON_MOE, Comparison
 from metier.planning.pays import Pays, where_sharding_pays
 from metier.planning.sharding import DDP, FSDP2, RankEstimator
 from metier.planning.spelling import duration, size
-from metier.planning.step_time import StepTime, step_time
+from metier.planning.step_time import StepTime, moved_bytes, step_time
 from metier.planning.table import LONG, MOST_COLUMNS, added_cache_bytes, shown
 from metier.routing.routing_profile import RoutingProfile
 
@@ -119,11 +120,31 @@ class Plan:
         steps = planned_steps(row.config, self.num_records, 1 if self.world is None else self.world.size)
         return None if row.time is None or steps is None else steps * row.time.seconds
 
+    def moved_bytes(self, estimate: Estimate) -> dict[str, int]:
+        """Between tiers of memory, in a step."""
+        free_bytes = self.budget.free_bytes(estimate)
+        return moved_bytes(estimate, has_host=self.budget.host_bytes is not None, free_bytes=free_bytes)
+
     @property
     def recommended(self) -> Row | None:
         """Of those that fit, the method with the highest score where we measured; None where no such one fits."""
-        fitting = {row.config.method: row for row in reversed(self.rows) if row.fits}
-        return next((fitting[method] for method in BY_SCORE if method in fitting), None)
+        shares = {method: found.share for method, found in self.measured.methods.items()}
+        # on other parts than it usually goes on, a method was not measured
+        known = [row for row in self.rows if row.fits and row.config.method in shares and row.config.targets is None]
+        return max(known, key=lambda row: shares[row.config.method], default=None)
+
+    @property
+    def measured(self) -> Comparison:
+        """Where methods were compared on a model of the kind that this one is."""
+        return ON_MOE if any(row.estimate is not None and row.estimate.is_moe for row in self.rows) else ON_DENSE
+
+    @property
+    def level(self) -> list[Row]:
+        """Others that fit, and were not told apart from the best method; the least memory first."""
+        level = {name for name, found in self.measured.methods.items() if found.is_level}
+        best = self.recommended
+        found = [row for row in self.rows if row.fits and row is not best and row.config.method in level]
+        return sorted(found, key=lambda row: 0 if row.estimate is None else row.estimate.total_bytes)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -359,6 +380,7 @@ def _row_as_dict(row: Row, plan: Plan) -> dict[str, Any]:
         "batches_a_step": row.config.gradient_accumulation_steps,
         **known,
         f"added_cache_bytes_at_{LONG}_tokens": cache,
+        "moved_bytes": None if row.estimate is None else plan.moved_bytes(row.estimate),
         **({} if row.time is None else row.time.as_dict()),
         "seconds_in_all": plan.seconds_in_all(row),
         "link_seconds": row.link_seconds,

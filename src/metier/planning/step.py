@@ -29,6 +29,7 @@ from metier.methods.mixlora import MixLoraLayer
 from metier.models.labelled_output import labelled_output
 from metier.models.load import first_line
 from metier.models.moe import is_dense, moe_layers
+from metier.planning.devices import ALLOCATION_BYTES
 from metier.planning.drawn_routes import route
 from metier.planning.from_config import Skeleton
 from metier.planning.marks import Marks, cut_to_some_of_a_kind, only_stack
@@ -110,7 +111,7 @@ def _traced(
     for adapter in model.peft_config.values() if isinstance(model, PeftModel) else ():
         if hasattr(adapter, "random_drop_layers"):
             adapter.random_drop_layers = 0  # a step may drop none
-    tracer = Tracer(fake)
+    tracer = Tracer(fake, granularity=ALLOCATION_BYTES if is_reserved else 1)
     bare: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     trl_head.add_fused_lm_head(bare, outputs=("log_probs", "entropy", "is_top1"))
     stores = [store for m in model.modules() if isinstance(m, MeftLayer) for store in m.stores.values()]

@@ -78,24 +78,37 @@ def step_time(estimate: Estimate, clock: Clock, *, free_bytes: int = 0) -> StepT
         has_gradient = (state.gradient_bytes - state.row_gradient_bytes) / (state.trained_bytes - state.row_bytes)
         stepped = round(min(1.0, has_gradient) * stepped)
     parts["optimizer"] = clock.optimizer(stepped, round(fired * in_rows))
-    stored = state.stored_bytes if config.base_store != "device" else 0
     if config.base_format is not None:
         numbers = int(state.stored_bytes / _BYTES_OF[config.base_format])
         parts["decoding"] = _passes(config) * clock.decoding(config.base_format, numbers)
+    moved = moved_bytes(estimate, has_host=clock.has_host, free_bytes=free_bytes)
+    moves = {"host": clock.from_host(moved["host"]), "disk": clock.from_disk(moved["disk"]) if moved["disk"] else 0.0}
+    return StepTime(parts, moves, moved, clock.in_a_step)
+
+
+def moved_bytes(estimate: Estimate, *, has_host: bool, free_bytes: int = 0) -> dict[str, int]:
+    """What a step moves between tiers, by the tier that is not the device: `host` and `disk`.
+
+    Args:
+        estimate: of a batch as most are.
+        has_host: the host's memory is not the device's.
+        free_bytes: as of `step_time`.
+    """
+    config, state = estimate.config, estimate.state
     moved = {"host": 0, "disk": 0}
-    if stored:
-        moved[config.base_store] += _passes(config) * stored
+    if config.base_store != "device":
+        moved[config.base_store] += _passes(config) * state.stored_bytes
     if config.method == "meft" and config.meft_store != "device":
         # rows and their gradients; a disk also has what the optimizer reads and writes, unless memory has room for it
-        moved[config.meft_store] += round(fired * (state.row_bytes + _GRADIENT_BYTES * in_rows))
+        fired = _fired_share(estimate)
+        moved[config.meft_store] += round(fired * (state.row_bytes + state.row_gradient_bytes))
         if config.meft_store == "disk":
             moved["disk"] += 2 * round(fired * (state.row_bytes + state.row_state_bytes))
-    if not clock.has_host:
+    if not has_host:
         moved["host"] = 0
     if estimate.disk_bytes <= free_bytes:
         moved["disk"] = 0
-    moves = {"host": clock.from_host(moved["host"]), "disk": clock.from_disk(moved["disk"]) if moved["disk"] else 0.0}
-    return StepTime(parts, moves, moved, clock.in_a_step)
+    return moved
 
 
 def _passes(config: RunConfig) -> int:

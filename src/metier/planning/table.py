@@ -109,11 +109,13 @@ def _time_cells(plan: Plan, row: Row) -> list[str]:
 
     A step of the optimizer is meant, with all batches whose gradients it sums up.
     """
-    if row.time is None:
+    if row.estimate is None or row.estimate.trace is None:
         return ["–"] * 3
+    moved = plan.moved_bytes(row.estimate)
+    if row.time is None:
+        return [size(sum(moved.values())), "–", "–"]
     seconds = plan.seconds_in_all(row)
-    in_all = "–" if seconds is None else duration(seconds)
-    return [size(sum(row.time.moved_bytes.values())), duration(row.time.seconds), in_all]
+    return [size(sum(moved.values())), duration(row.time.seconds), "–" if seconds is None else duration(seconds)]
 
 
 def _sent_cells(row: Row) -> list[str]:
@@ -189,7 +191,13 @@ def _remarks(plan: Plan) -> Iterable[Text]:
         said = f"{len(fitting)} methods fit" if _is_long(plan) else f"{', '.join(row.name for row in fitting)}: fits"
         yield Text(f"{said}. Which scores best was not measured; metier compare does it on your task.")
     if best is not None:
-        yield Text(f"{best.name} fits, and had the highest score of what fits where we measured.")
+        where, share = plan.measured.where, plan.measured.methods[best.config.method].share
+        yield Text(
+            f"{best.name} fits, and of what fits had the highest score {where}: {share:.0%} of full fine-tuning's gain."
+        )
+        if plan.level:
+            named = (f"{row.name} ({size(row.estimate.total_bytes)})" for row in plan.level if row.estimate is not None)
+            yield Text(f"Not told apart from the best method there, the least memory first: {', '.join(named)}.")
         deltas = {row.config.method: row.estimate.delta_bytes for row in plan.rows if row.fits and row.estimate}
         smallest = min(deltas, key=lambda method: deltas[method])
         if smallest != best.config.method:

@@ -52,6 +52,8 @@ class Operations:
 class Memory:
     """Bytes of storages that operations made and that are still held."""
 
+    granularity: int = 1
+    """What is made takes whole multiples of so many bytes."""
     live: int = 0
     peak: int = 0
     live_small: int = 0
@@ -65,7 +67,7 @@ class Memory:
         key = storage._cdata
         if key in self._held:
             return
-        num_bytes = storage.nbytes()
+        num_bytes = -(-storage.nbytes() // self.granularity) * self.granularity
         small_bytes = num_bytes if num_bytes < LARGE else 0
         self.live += num_bytes
         self.live_small += small_bytes
@@ -88,9 +90,9 @@ class Memory:
 class Tracer(TorchDispatchMode):
     """Counts everything that is computed under it; with a `FakeTensorMode`, of floating-point tensors nothing is."""
 
-    def __init__(self, fake: FakeTensorMode | None) -> None:
+    def __init__(self, fake: FakeTensorMode | None, *, granularity: int = 1) -> None:
         super().__init__()
-        self.fake, self.memory, self.operations = fake, Memory(), Operations()
+        self.fake, self.memory, self.operations = fake, Memory(granularity), Operations()
         self._generator = torch.Generator().manual_seed(0)
 
     def __torch_dispatch__(

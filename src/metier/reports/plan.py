@@ -152,7 +152,9 @@ def _page(plan: Plan, bars: list[tuple[Row, Parts]]) -> str:
             section(
                 "Bytes by kind",
                 tag("figure", _legend(shown), _bars(plan, bars)),
-                lead=None if best is None else f"{best.name} had the highest score of what fits.",
+                lead=None
+                if best is None
+                else f"{best.name} had the highest score of what fits, {plan.measured.where}.",
             ),
             section("In numbers", table(head, body), *changes, *reasons),
             section("Assumed", *(tag("p", said) for said in plan.assumptions)) if plan.assumptions else None,

@@ -61,7 +61,13 @@ from metier.training.report import write_run_report
 from metier.training.selecting import run_selection
 from metier.training.shards import MeasureShards
 from metier.training.store_metrics import CountFrozen, CountRows
-from metier.training.telling import peak_beside_foreseen, step_beside_foreseen, tell_of_padding, tell_of_slow_bf16
+from metier.training.telling import (
+    peak_beside_foreseen,
+    step_beside_foreseen,
+    tell_of_padding,
+    tell_of_slow_bf16,
+    tell_of_what_is_foreseen,
+)
 from metier.training.trainer import make_trainer
 from metier.training.whole import make_whole
 
@@ -138,58 +144,59 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
             steps_done=0 if checkpoint is None else step_of(checkpoint),
         )
     )
+    tell_of_what_is_foreseen(foreseen, console)
     if foresight.warning:
         console.print(foresight.warning, style="yellow")
     set_seed(config.seed)
     looked_at = batches_to_look_at(items.items, loaded.tokenizer, config)
     with gone_after_error(folder.rows):
         model = wrap(loaded.model, config, selection, looked_at)
-    plan = training_plan(
-        model,
-        method=config.method,
-        selection=selection,
-        row_state_dtype=config.meft_state_dtype,
-        options=config.method_options,
-    )
-    if ranks.is_main:
-        plan.save(folder.plan, foreseen)
-    if config.method == "meft":
-        console.print("\n".join(meft_config(config).sizes.reasons()), highlight=False)
-    console.print(plan)
-    if isinstance(model, peft.PeftModel):
-        console.print(f"Covered: {'; '.join(map(str, coverage(model)))}", highlight=False)
-    if config.padding_free:
-        check_records_stay_apart(model, items.items)
-    elif not is_encoder_decoder(model):
-        tell_of_padding(items, config, console)
-    times, shards = StepTimes(), MeasureShards(console)
-    trainer = make_trainer(
-        model,
-        loaded.tokenizer,
-        items.items,
-        config,
-        folder.checkpoints,
-        eval_items=None if eval_items is None else eval_items.items,
-        callbacks=[
-            CountTokens(num_passes=config.num_forward_passes),
-            *([CountRows(folder.key_expert_tokens if ranks.is_main else None)] if config.method == "meft" else []),
-            *([CountFrozen()] if config.has_frozen_base else []),
-            *([shards] if is_sharded(config) else []),
-            times,
-            MetricsLog(folder.metrics, times, foreseen),
-            ShowProgress(console, config.method),
-            MarkCheckpoints(config.save_total_limit, lambda made: note_world(made, config, ranks)),
-        ],
-    )
-    if is_sharded(config):
-        shard_on_cpus(trainer)
-    keep_replicas(trainer)
-    keep_by_ranks(trainer, checkpoint)
-    started = time.monotonic()
-    # a checkpoint may be larger than memory where rows lie on disk: it is mapped, not read
-    mapped = serialization.patch("load.mmap", True)  # type: ignore[attr-defined]
-    with mapped, lost_peers_told(folder), gone_after_error(folder.rows):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        plan = training_plan(
+            model,
+            method=config.method,
+            selection=selection,
+            row_state_dtype=config.meft_state_dtype,
+            options=config.method_options,
+        )
+        if ranks.is_main:
+            plan.save(folder.plan, foreseen)
+        if config.method == "meft":
+            console.print("\n".join(meft_config(config).sizes.reasons()), highlight=False)
+        console.print(plan)
+        if isinstance(model, peft.PeftModel):
+            console.print(f"Covered: {'; '.join(map(str, coverage(model)))}", highlight=False)
+        if config.padding_free:
+            check_records_stay_apart(model, items.items)
+        elif not is_encoder_decoder(model):
+            tell_of_padding(items, config, console)
+        times, shards = StepTimes(), MeasureShards(console)
+        trainer = make_trainer(
+            model,
+            loaded.tokenizer,
+            items.items,
+            config,
+            folder.checkpoints,
+            eval_items=None if eval_items is None else eval_items.items,
+            callbacks=[
+                CountTokens(num_passes=config.num_forward_passes),
+                *([CountRows(folder.key_expert_tokens if ranks.is_main else None)] if config.method == "meft" else []),
+                *([CountFrozen()] if config.has_frozen_base else []),
+                *([shards] if is_sharded(config) else []),
+                times,
+                MetricsLog(folder.metrics, times, foreseen),
+                ShowProgress(console, config.method),
+                MarkCheckpoints(config.save_total_limit, lambda made: note_world(made, config, ranks)),
+            ],
+        )
+        if is_sharded(config):
+            shard_on_cpus(trainer)
+        keep_replicas(trainer)
+        keep_by_ranks(trainer, checkpoint)
+        started = time.monotonic()
+        # a checkpoint may be larger than memory where rows lie on disk: it is mapped, not read
+        mapped = serialization.patch("load.mmap", True)  # type: ignore[attr-defined]
+        with mapped, lost_peers_told(folder):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, peak = time.monotonic() - started, int(largest(foresight.peak_memory_bytes()))
     make_whole(model)
     model = pruned(model, config)

@@ -7,9 +7,11 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from metier.distributed.ranks import summed
 from metier.memory.frozen_model import frozen_weights
 from metier.memory.frozen_store import FrozenStore
 from metier.memory.meter import Meter, of_a_step
@@ -19,7 +21,7 @@ from metier.methods.meft import MeftLayer
 
 class CountRows(TrainerCallback):
     """Puts into what is logged how a sparse adapter's stores were used since the last line, the mean of a step, and
-    when training is over, into a file how many tokens each Key-Expert had.
+    when training is over, into a file how many tokens each Key-Expert had, in all processes together.
 
     This callback stands before those that use the numbers.
 
@@ -67,8 +69,9 @@ class CountRows(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._take()
+        counted: list[list[int]] = [summed(torch.tensor(counts)).tolist() for counts in self._tokens]
         if self._path is not None:
-            tokens = dict(zip(self._names, self._tokens, strict=True))
+            tokens = dict(zip(self._names, counted, strict=True))
             content = {"num_steps": state.global_step - self._first_step, "tokens": tokens}
             self._path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 

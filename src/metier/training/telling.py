@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from metier.config import RunConfig
 from metier.data.collate import padding_share
 from metier.data.encode import EncodedSet, Item
-from metier.planning.spelling import size
+from metier.planning.spelling import duration, size
 
 WORTH_TELLING = 0.2
 """Share of padding in a batch from which a run says so."""
@@ -37,13 +37,24 @@ def tell_of_slow_bf16(model: PreTrainedModel, config: RunConfig, console: Consol
         )
 
 
+def tell_of_what_is_foreseen(foreseen: Mapping[str, float | str], console: Console) -> None:
+    """Say before the first step what the run will take, as far as that is known."""
+    parts = []
+    if "peak_memory_bytes" in foreseen:
+        parts.append(f"{size(int(foreseen['peak_memory_bytes']))} at the peak")
+    if "step_seconds" in foreseen:
+        parts.append(f"{duration(float(foreseen['step_seconds']))} a step")
+        parts.append(f"{duration(float(foreseen['train_seconds']))} in all")
+    if parts:
+        console.print(f"Foreseen: {', '.join(parts)}.", highlight=False)
+
+
 def peak_beside_foreseen(peak: int, foreseen: Mapping[str, float | str]) -> str:
     """The peak of memory, measured and foreseen."""
     if "peak_memory_bytes" not in foreseen:
         return f"Peak memory {size(peak)}; what it would be was not foreseen: {foreseen['not_traced']}"
     expected = int(foreseen["peak_memory_bytes"])
-    said = f"Peak memory {size(peak)}, {size(expected)} foreseen ({expected / peak - 1:+.1%})"
-    return f"{said}, without what glibc keeps as its variables are set" if foreseen.get("keeps_freed_memory") else said
+    return f"Peak memory {size(peak)}, {size(expected)} foreseen ({expected / peak - 1:+.1%})"
 
 
 def step_beside_foreseen(seconds: float | None, foreseen: Mapping[str, float | str]) -> str:

@@ -13,8 +13,9 @@ from rich.console import Console
 from metier.config_reading import load_run_config
 from metier.errors import ConfigError
 from metier.evaluation.comparison import child
+from metier.evaluation.comparison.cells import Cell, Cells
 from metier.evaluation.comparison.here import Here
-from metier.evaluation.comparison.search import SearchConfig, load_search, search
+from metier.evaluation.comparison.search import SearchConfig, _ranked, load_search, search
 from metier.planning.plan import why_not
 
 RUNNER = """
@@ -78,6 +79,20 @@ def test_the_better_half_runs_on_and_the_last_round_decides(tmp_path: Path, runn
     # at full length, on records that are there
     assert (run.method, run.method_options, run.learning_rate, run.max_steps) == ("lora", {"r": 4}, 0.01, None)
     assert Path(run.dataset).exists()
+
+
+def test_of_equal_scores_what_is_foreseen_to_take_less_goes_first(tmp_path: Path, write) -> None:
+    search_config = config(tmp_path)
+    cells = Cells(search_config.round(search_config.candidates(), 1))
+    foreseen = {"ia3 at 0.01": (200, 1.0), "vera at 0.01": (100, 3.0), "lora (r 4) at 0.01": (None, 0.1)}
+    foreseen |= {"lora (r 8) at 0.01": (100, 2.0), "lora (r 4) at 0.001": (1, 1.0), "lora (r 8) at 0.001": (1, 1.0)}
+    for candidate in cells.config.candidates:
+        peak, seconds = foreseen[candidate.label]
+        cell = Cell(task="synopsis", label=candidate.label, learning_rate=candidate.learning_rate, seed=0)
+        score = 5.0 if candidate.learning_rate == 0.01 else 4.0
+        write(cells, cell, score, foreseen_peak_bytes=peak, foreseen_step_seconds=seconds)
+    ranked = [one.candidate.label for one in _ranked(cells, search_config)]
+    assert ranked[:4] == ["lora (r 8) at 0.01", "vera at 0.01", "ia3 at 0.01", "lora (r 4) at 0.01"]
 
 
 def test_what_does_not_fit_is_not_run(tmp_path: Path, runner) -> None:

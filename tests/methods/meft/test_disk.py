@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from metier.memory import RowAdamW, row_store
-from metier.memory.clipping import clip_grad_norm_
+from metier.memory import RowAdamW, clip_grad_norm_, row_store
 from metier.memory.disk_cache import DiskCache
 from metier.methods.meft import MeftConfig, MeftLayer
 

@@ -158,10 +158,10 @@ def search(config: SearchConfig, fits: Fits, place: Place, *, console: Console) 
         cells = Cells(config.round(_need(alive, left_out), num_steps))
         run_cells(cells, place, console=console)
         ranked = _ranked(cells, config)
-        rounds.append({"steps": num_steps, "ranked": [[candidate.label, score] for candidate, score in ranked]})
+        rounds.append({"steps": num_steps, "ranked": [[one.candidate.label, *one.as_list()] for one in ranked]})
         is_last = number == len(config.rungs) - 1
         kept = 1 if is_last else math.ceil(config.keep * len(ranked))
-        alive = [candidate for candidate, _ in ranked[:kept]]
+        alive = [one.candidate for one in ranked[:kept]]
         console.print(f"After {num_steps} steps: {', '.join(one.label for one in alive) or 'none'}", highlight=False)
     best = _need(alive, left_out)[0]
     root.mkdir(parents=True, exist_ok=True)
@@ -181,15 +181,41 @@ def _need(alive: list[Candidate], left_out: Mapping[str, str]) -> list[Candidate
     return alive
 
 
-def _ranked(cells: Cells, config: SearchConfig) -> list[tuple[Candidate, float]]:
-    """Candidates with their validation scores, best first; those that failed are out."""
+@dataclass(frozen=True, slots=True)
+class _Ranked:
+    """A candidate after a round."""
+
+    candidate: Candidate
+    score: float
+    """On validation."""
+    foreseen_bytes: float | None
+    """Of its peak, by the planner; None where it cannot say."""
+    foreseen_seconds: float | None
+    """Of a step."""
+
+    def as_list(self) -> list[float | None]:
+        """For JSON."""
+        return [self.score, self.foreseen_bytes, self.foreseen_seconds]
+
+    @property
+    def order(self) -> tuple[float, float, float]:
+        """The best first; of equal scores what takes less."""
+        num_bytes, seconds = (
+            math.inf if cost is None else cost for cost in (self.foreseen_bytes, self.foreseen_seconds)
+        )
+        return -self.score, num_bytes, seconds
+
+
+def _ranked(cells: Cells, config: SearchConfig) -> list[_Ranked]:
+    """Candidates, best first; those that failed are out."""
     found = []
     for candidate in cells.config.candidates:
         cell = Cell(task=config.task, label=candidate.label, learning_rate=candidate.learning_rate, seed=config.seed)
         result = cells.result(cell)
         if result is not None:
-            found.append((candidate, float(result["validation"])))
-    return sorted(found, key=lambda pair: -pair[1])
+            costs = (result.get("foreseen_peak_bytes"), result.get("foreseen_step_seconds"))
+            found.append(_Ranked(candidate, float(result["validation"]), *costs))
+    return sorted(found, key=lambda one: one.order)
 
 
 def _combinations(tried: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

@@ -152,7 +152,6 @@ class _SparseRows(torch.autograd.Function):
             for first, last, cut in used.cuts:
                 grouped_matmul(active_PM[cut[0] : cut[-1]], values[first:last], cut, out_PD[cut[0] : cut[-1]])
             out_TD = _summed_over_slots(out_PD, order, torch.empty_like(hidden_TD))
-        store.meter.used(used.block_ids, used.places_TK.flatten().bincount().tolist())
         ctx.save_for_backward(hidden_TD, gate_TK, products_TKM, fires_TKM)
         ctx.used, ctx.gradients = used, gradients
         return out_TD
@@ -163,6 +162,8 @@ class _SparseRows(torch.autograd.Function):
         wants_hidden, wants_gate, wants_rows = ctx.needs_input_grad[:3]
         used, device = ctx.used, grad_TD.device
         order = used.order
+        # a forward pass may be one of several of the same tokens, or of an evaluation
+        used.store.meter.used(used.block_ids, used.places_TK.flatten().bincount().tolist())
         with torch.autocast(device.type, enabled=False):
             grad_TD = grad_TD.to(hidden_TD.dtype).contiguous()
             blocks = used.blocks(device, "backward")

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
-from metier.memory.clipping import clip_grad_norm_
+from metier.memory import clip_grad_norm_
 
 
 def clip_rows_in_parts(trainer: Trainer) -> None:
     """Have the trainer read gradients of rows some at a time, and leave those on disk as they are written."""
-    accelerator = trainer.accelerator
-    plain = accelerator.clip_grad_norm_
-
-    def norm_of(parameters: Sequence[nn.Parameter]) -> Tensor:
-        # a norm that is no limit leaves all as it is
-        norm: Tensor = plain(parameters, float("inf"))
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def clip(parameters: Iterable[nn.Parameter], max_norm: float, norm_type: Any = 2) -> Tensor:
         assert norm_type == 2, "the trainer clips by the 2-norm"
-        return clip_grad_norm_(parameters, max_norm, norm_of=norm_of)
+        return clip_grad_norm_(parameters, max_norm)
 
-    accelerator.clip_grad_norm_ = clip
+    trainer.accelerator.clip_grad_norm_ = clip
