@@ -141,6 +141,12 @@ def test_hits_are_blocks_that_an_earlier_step_has_left(tmp_path, monkeypatch):
         store.blocks(blocks, CPU, keep=True)
         store.end_step(blocks)
         rates.append(of_a_step([store.meter.take()], 1)["row_cache_hit_rate"])
+    # what an evaluation reads is no part of the next step
+    store.blocks([2, 3], CPU, keep=False)
+    store.begin_step()
+    store.blocks([2, 3], CPU, keep=True)
+    store.end_step([2, 3])
+    assert of_a_step([store.meter.take()], 1)["row_cache_hit_rate"] == 1.0
     # the first ones had to go when the last were loaded, and again when others came
     assert rates[1] == 1.0
     assert rates[0] < 1

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from metier.memory.step_gradients import step_gradients_of
 
@@ -25,7 +24,7 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
     """Scale gradients so that their 2-norm, as one vector, is at most `max_norm`.
 
     Args:
-        parameters: those of rows among them; as `torch.nn.utils.clip_grad_norm_` otherwise, shards too.
+        parameters: those of rows among them; as `torch.nn.utils.clip_grad_norm_` otherwise.
         max_norm: inf to know the norm and change nothing.
 
     Returns:
@@ -34,10 +33,8 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     of_rows = [found for p in with_gradient if (found := step_gradients_of(p)) is not None]
     ordinary = [p.grad for p in with_gradient if p.grad is not None and step_gradients_of(p) is None]
-    shards: list[Tensor] = [grad for grad in ordinary if isinstance(grad, DTensor)]
-    whole = [grad for grad in ordinary if not isinstance(grad, DTensor)]
-    norms = [_norm(some) for some in (shards, whole) if some] + [gradients.norm() for gradients in of_rows]
-    norm = math.hypot(*norms)
+    norms = [float(torch.nn.utils.get_total_norm(ordinary))] if ordinary else []
+    norm = math.hypot(*norms, *(gradients.norm() for gradients in of_rows))
     scale = max_norm / (norm + _NEXT_TO_NOTHING)
     if scale < 1:
         for grad in ordinary:
@@ -45,8 +42,3 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
         for gradients in of_rows:
             gradients.multiply(scale)
     return torch.tensor(norm)
-
-
-def _norm(grads: list[Tensor]) -> float:
-    norm = torch.nn.utils.get_total_norm(grads)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

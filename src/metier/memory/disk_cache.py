@@ -62,7 +62,7 @@ class CachedFile:
     stored: set[int] = field(default_factory=set)
     """Pieces that the disk has; the others have never left memory, or hold nothing."""
     read: set[int] = field(default_factory=set)
-    """Pieces that came from the disk; who counts them empties it."""
+    """Pieces of rows that came from the disk; who counts them empties it."""
     reading: Future[Any] | None = None
     """The last that the reader was given for it, until that is done; it takes all in turn."""
 
@@ -122,7 +122,8 @@ class DiskCache:
             if missing:
                 read = file.stored.intersection(missing)
                 file.meter.bytes_from_disk += len(read) * file.piece_bytes
-                file.read |= read
+                if file.kind == "rows":
+                    file.read |= read
                 file.reading = self._reader.submit(_read, file, missing, to_write)
 
     def wait_for(self, file: CachedFile) -> None:

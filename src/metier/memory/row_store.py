@@ -186,13 +186,21 @@ class RowStore:
             self.on_device = DeviceRows(self, device, self.cache_bytes)
         return self.on_device.blocks(block_ids, keep=keep)
 
+    @property
+    def _read(self) -> set[int]:
+        """Blocks whose rows came from the disk for the step."""
+        return self._files["rows"].read if "rows" in self._files else set()
+
+    def begin_step(self) -> None:
+        """What moved before, for an evaluation or a checkpoint, is no part of the step."""
+        for counted in (self._asked, self.copied, self._read):
+            counted.clear()
+
     def end_step(self, block_ids: Sequence[int]) -> None:
         """An optimizer has updated rows of these blocks."""
-        read = self._files["rows"].read if "rows" in self._files else set()
         self.meter.num_asked += len(self._asked)
-        self.meter.num_moved += len(self._asked & (self.copied | read))
-        for counted in (self._asked, self.copied, read):
-            counted.clear()
+        self.meter.num_moved += len(self._asked & (self.copied | self._read))
+        self.begin_step()
         if self.on_device is not None:
             self.on_device.end_step(block_ids)
 

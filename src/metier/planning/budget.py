@@ -12,8 +12,7 @@ from metier.planning.sizes import read_bytes
 
 WORKSPACE_BYTES = 60 << 20
 """What training takes on a CPU beside its tensors, whatever its size: code of kernels, their buffers, what is freed and
-not yet given back. The upper quartile of benchmarks/results/planner.md, runs that are held out left out: to foresee too
-little is worse than too much."""
+not yet given back. To foresee too little is worse than too much: see `estimate.HOLES`."""
 
 
 def machine_budget(

@@ -30,7 +30,7 @@ class Budget:
         """By how much a run is too large; 0 where it fits."""
         device = estimate.total_device_bytes + self.runtime_bytes
         if self.host_bytes is None:
-            return max(0, device + estimate.host_bytes - self.device_bytes)
+            return max(0, estimate.total_bytes + self.runtime_bytes - self.device_bytes)
         return max(0, device - self.device_bytes) + max(0, estimate.host_bytes - self.host_bytes)
 
     def free_bytes(self, estimate: Estimate) -> int:
@@ -58,6 +58,8 @@ class Change:
 
 class Estimates(Protocol):
     """Says what a run takes: of one process alone, or of one of several."""
+
+    world_size: int
 
     def __call__(self, config: RunConfig, batch: Batch | None = None) -> Estimate:
         """All of it, of a full batch where none is given."""
@@ -90,7 +92,16 @@ def smallest_change(config: RunConfig, budget: Budget, estimator: Estimates) -> 
         keys = {key: value for key, value in keys.items() if getattr(config, key) != value}
         return Change(keys, estimate) if estimate.trace is not None and budget.fits(estimate) else None
 
-    singles = list(_changes(config, has_host=budget.host_bytes is not None))
+    state = estimator.without_activations(config).total_bytes
+
+    def is_smaller(change: dict[str, Any]) -> bool:
+        """Of fewer experts, whether they are: a profile may select fewer than are assumed."""
+        if "select_top_fraction" not in change:
+            return True
+        return estimator.without_activations(changed(config, change)).total_bytes < state
+
+    has_host, is_alone = budget.host_bytes is not None, estimator.world_size == 1
+    singles = [change for change in _changes(config, has_host=has_host, is_alone=is_alone) if is_smaller(change)]
     for change in singles:
         if found := fitting([change]):
             return found
@@ -105,7 +116,7 @@ def smallest_change(config: RunConfig, budget: Budget, estimator: Estimates) -> 
     return None
 
 
-def _changes(config: RunConfig, *, has_host: bool) -> Iterator[dict[str, Any]]:
+def _changes(config: RunConfig, *, has_host: bool, is_alone: bool = True) -> Iterator[dict[str, Any]]:
     """What may be changed, the change that costs least first; a later one goes before an earlier one of its key."""
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
@@ -127,12 +138,12 @@ def _changes(config: RunConfig, *, has_host: bool) -> Iterator[dict[str, Any]]:
     elif config.select_top_fraction is not None:
         yield {"select_top_fraction": config.select_top_fraction / 2}
     elif selects_experts(config) and config.selection is None and config.select_top_k is None:
-        # how many the task's scores select is not known; of what is assumed the half
+        # where it is not known how many the task's scores select, the half of what is assumed
         yield {**dict.fromkeys(POLICIES), "select_top_fraction": ASSUMED_SHARE / 2}
     if config.method == "meft":
         if config.meft_store == "device" and has_host:
             yield {"meft_store": "host"}
-        if config.meft_store != "disk":
+        if config.meft_store != "disk" and is_alone:
             yield {"meft_store": "disk"}
     if config.dtype in ("float32", "auto"):
         yield {"dtype": "bfloat16"}

@@ -29,4 +29,4 @@ def host_memory_bytes(config: RunConfig, has_accelerator: bool) -> int | None:
         return found.state.base_bytes + found.host_bytes + held_bytes()
     if found.trace is None:
         return None
-    return found.total_device_bytes + found.host_bytes + held_bytes() + workspace_bytes()
+    return found.total_bytes + held_bytes() + workspace_bytes()

@@ -128,10 +128,19 @@ class Plan:
     @property
     def recommended(self) -> Row | None:
         """Of those that fit, the method with the highest score where we measured; None where no such one fits."""
-        shares = {method: found.share for method, found in self.measured.methods.items()}
-        # on other parts than it usually goes on, a method was not measured
-        known = [row for row in self.rows if row.fits and row.config.method in shares and row.config.targets is None]
-        return max(known, key=lambda row: shares[row.config.method], default=None)
+        methods = self.measured.methods
+        return max(self._compared, key=lambda row: methods[row.config.method].share, default=None)
+
+    @property
+    def _compared(self) -> list[Row]:
+        """Of each method that fits and was measured the first row: on other parts than it usually goes on, none was."""
+        found: dict[str, Row] = {}
+        for row in self.rows:
+            config = row.config
+            is_usual = config.targets is None and "target_modules" not in config.method_options
+            if row.fits and is_usual and config.method in self.measured.methods:
+                found.setdefault(config.method, row)
+        return list(found.values())
 
     @property
     def measured(self) -> Comparison:
@@ -141,9 +150,8 @@ class Plan:
     @property
     def level(self) -> list[Row]:
         """Others that fit, and were not told apart from the best method; the least memory first."""
-        level = {name for name, found in self.measured.methods.items() if found.is_level}
-        best = self.recommended
-        found = [row for row in self.rows if row.fits and row is not best and row.config.method in level]
+        best, methods = self.recommended, self.measured.methods
+        found = [row for row in self._compared if row is not best and methods[row.config.method].is_level]
         return sorted(found, key=lambda row: 0 if row.estimate is None else row.estimate.total_bytes)
 
     @property
@@ -380,7 +388,7 @@ def _row_as_dict(row: Row, plan: Plan) -> dict[str, Any]:
         "batches_a_step": row.config.gradient_accumulation_steps,
         **known,
         f"added_cache_bytes_at_{LONG}_tokens": cache,
-        "moved_bytes": None if row.estimate is None else plan.moved_bytes(row.estimate),
+        "moved_bytes": None if row.estimate is None or row.estimate.trace is None else plan.moved_bytes(row.estimate),
         **({} if row.time is None else row.time.as_dict()),
         "seconds_in_all": plan.seconds_in_all(row),
         "link_seconds": row.link_seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 from collections.abc import Sequence
@@ -125,15 +126,17 @@ class Foresight:
             return {"not_traced": found.why_not_traced}
         if not self.force:
             self._check(found, may_be_wrong=OVER_PREDICTED)
-            self.warning = self._warning(found)
         times = self._times(found.config, items, steps_done)
         own_bytes = self._workspace_bytes + max(self._own_bytes, _held_beside_base(found))
         # no run gives back then what it has freed
         keeps_freed = not torch.cuda.is_available() and is_left_alone()
-        kept_bytes = int(KEPT * (found.total_bytes + own_bytes)) if keeps_freed else 0
+        measured_bytes = found.total_device_bytes if torch.cuda.is_available() else found.total_bytes
+        kept_bytes = int(KEPT * (measured_bytes + own_bytes)) if keeps_freed else 0
+        if not self.force:
+            self.warning = self._warning(found, kept_bytes)
         return {
             "activation_bytes": sum(found.device_bytes[kind] for kind in TRACED),
-            "peak_memory_bytes": found.total_bytes + own_bytes + kept_bytes,
+            "peak_memory_bytes": measured_bytes + own_bytes + kept_bytes,
             "workspace_bytes": self._workspace_bytes,
             "kept_freed_bytes": kept_bytes,
             "forward_flops": found.trace.flops("forward"),
@@ -172,13 +175,14 @@ class Foresight:
             "machine_was_busy": clock.was_busy,
         }
 
-    def _warning(self, estimate: Estimate) -> str:
-        lacking = self.budget.lacking_bytes(estimate)
+    def _warning(self, estimate: Estimate, kept_bytes: int) -> str:
+        budget = dataclasses.replace(self.budget, runtime_bytes=self.budget.runtime_bytes + kept_bytes)
+        lacking = budget.lacking_bytes(estimate)
         if not lacking:
             return ""
         return (
-            f"Memory may not be enough: {size(lacking)} are lacking of {size(self._needed(estimate))}, which may be "
-            f"foreseen up to {OVER_PREDICTED:.0%} too large. {self._advice()}"
+            f"Memory may not be enough: {size(lacking)} are lacking of {size(self._needed(estimate) + kept_bytes)}, "
+            f"which may be foreseen up to {OVER_PREDICTED:.0%} too large. {self._advice()}"
         )
 
     def _needed(self, estimate: Estimate) -> int:

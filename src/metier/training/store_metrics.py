@@ -54,6 +54,10 @@ class CountRows(TrainerCallback):
         for store in self._stores:
             store.meter.take()
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        for store in self._stores:
+            store.begin_step()
+
     def on_log(
         self,
         args: TrainingArguments,

@@ -16,6 +16,7 @@ def clip_rows_in_parts(trainer: Trainer) -> None:
 
     def clip(parameters: Iterable[nn.Parameter], max_norm: float, norm_type: Any = 2) -> Tensor:
         assert norm_type == 2, "the trainer clips by the 2-norm"
+        trainer.accelerator.unscale_gradients()
         return clip_grad_norm_(parameters, max_norm)
 
     trainer.accelerator.clip_grad_norm_ = clip
