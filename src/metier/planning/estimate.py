@@ -39,10 +39,10 @@ KINDS = ("frozen weights", "fetched weights", "trained weights", "gradients", "o
 """Of device memory, in the order in which they are shown. Activations are what is kept for the backward pass;
 temporaries what the part of the step makes that has the peak: a layer, or the output layer with the loss; on a CPU
 with the holes that it leaves in the heap (`HOLES`)."""
-HOLES = 0.04
+HOLES = 0.06
 """Of the temporaries, where layers are computed again in the backward pass: what is freed on a CPU between blocks that
-stay, and fits nothing that comes. Chosen with `budget.WORKSPACE_BYTES` by the runs of benchmarks/results/planner.md
-that are not held out: the fewest are foreseen over 3% too small while the errors keep to the goals."""
+stay, and fits nothing that comes. The most, in steps of 0.02, with which the errors of those runs of
+benchmarks/results/planner.md that are not held out keep to the goals; a few are still foreseen too small."""
 DEFAULT_LABELLED_SHARE = 0.5
 """Of a record's tokens, those with a loss, where nobody says it."""
 
