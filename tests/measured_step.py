@@ -15,7 +15,6 @@ from metier.memory.step_gradients import step_gradients_of
 from metier.methods.meft import MeftLayer
 from metier.methods.wrap import wrap
 from metier.models.moe import is_dense, moe_layers
-from metier.planning.devices import ALLOCATION_BYTES
 from metier.planning.drawn_routes import route
 from metier.planning.step import Batch, columns_that_are_written, rest_layers
 from metier.planning.trace import Operations, Tracer
@@ -63,7 +62,7 @@ def measured(
     trainer.current_gradient_accumulation_steps = 1
     prepared = trainer.accelerator.prepare_model(model.train())
     show_entries(model)
-    tracer = Tracer(None, granularity=ALLOCATION_BYTES if is_reserved else 1)
+    tracer = Tracer(None)
     rows = [s.rows_NMWD for m in model.modules() if isinstance(m, MeftLayer) for s in m.stores.values()]
     gradients = [step_gradients_of(p) for p in model.parameters()]
     room = [one.reserve(torch.device("cpu")) for one in gradients if one is not None]

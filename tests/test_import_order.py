@@ -24,7 +24,7 @@ ORDER = (
     ("errors",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-EMBEDDED_IS_FOR = {"__main__", "cli", "models", "evaluation", "training"}
+EMBEDDED_IS_FOR = {"__main__", "cli", "models", "data", "evaluation", "training"}
 PUBLIC_API = "__init__"
 
 

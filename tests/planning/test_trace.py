@@ -105,3 +105,12 @@ def test_large_blocks_are_counted_each_time_they_are_made_and_small_ones_while_t
     assert tracer.memory.made_large == 3 * LARGE
     assert tracer.memory.live_small == small.nbytes
     assert tracer.memory.live == small.nbytes
+
+
+def test_what_is_made_takes_whole_multiples():
+    tracer = Tracer(None, granularity=512)
+    with tracer:
+        kept = [torch.ones(size) for size in (1, 128, 129)]
+    assert tracer.memory.live == 512 + 512 + 1024
+    del kept
+    assert tracer.memory.live == 0

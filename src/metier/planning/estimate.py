@@ -22,6 +22,7 @@ from metier.methods.virtual_tokens import num_virtual_tokens
 from metier.methods.wrap import meft_config, selects_experts
 from metier.models.moe import is_dense
 from metier.planning.as_method import as_method
+from metier.planning.devices import ALLOCATION_BYTES
 from metier.planning.from_config import run_skeleton
 from metier.planning.routes import Chances, assumed_chances, chances_of
 from metier.planning.segments import Peak, StepTrace
@@ -216,7 +217,14 @@ class Estimator:
             try:
                 skeleton = run_skeleton(config, self.base, self.profile)
                 chances = self._chances(config, skeleton.selection)[0]
-                found = trace_step(config, skeleton, batch, chances=chances, is_reserved=self.has_host)
+                found = trace_step(
+                    config,
+                    skeleton,
+                    batch,
+                    chances=chances,
+                    is_reserved=self.has_host,
+                    granularity=ALLOCATION_BYTES if self.has_host else 1,
+                )
                 self._traces[config, batch] = found
             except UnsupportedModelError as error:
                 self._traces[config, batch] = str(error)

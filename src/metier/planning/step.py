@@ -29,7 +29,6 @@ from metier.methods.mixlora import MixLoraLayer
 from metier.models.labelled_output import labelled_output
 from metier.models.load import first_line
 from metier.models.moe import is_dense, moe_layers
-from metier.planning.devices import ALLOCATION_BYTES
 from metier.planning.drawn_routes import route
 from metier.planning.from_config import Skeleton
 from metier.planning.marks import Marks, cut_to_some_of_a_kind, only_stack
@@ -64,6 +63,7 @@ def trace_step(
     chances: Chances | None = None,
     seed: int = 0,
     is_reserved: bool = False,
+    granularity: int = 1,
 ) -> StepTrace:
     """Forward and backward pass over one batch, with every layer's part; the optimizer's step is not in it.
 
@@ -74,12 +74,13 @@ def trace_step(
         chances: of a layer's experts; those of layers that are not there are all as likely.
         seed: of the draw.
         is_reserved: whether tensors take memory before they are written, as on an accelerator.
+        granularity: bytes of which what is made takes whole multiples.
 
     Raises:
         UnsupportedModelError: the model's step cannot be traced.
     """
     try:
-        return _traced(config, skeleton, batch, chances or {}, seed, is_reserved)
+        return _traced(config, skeleton, batch, chances or {}, seed, is_reserved, granularity)
     except UnsupportedModelError:
         raise
     except Exception as error:  # a family's own code meets tensors without numbers: whatever it does then
@@ -88,7 +89,13 @@ def trace_step(
 
 
 def _traced(
-    config: RunConfig, skeleton: Skeleton, batch: Batch, chances: Chances, seed: int, is_reserved: bool
+    config: RunConfig,
+    skeleton: Skeleton,
+    batch: Batch,
+    chances: Chances,
+    seed: int,
+    is_reserved: bool,
+    granularity: int,
 ) -> StepTrace:
     if config.method == "meft" and config.meft_semantics == "union":
         raise UnsupportedModelError(
@@ -111,7 +118,7 @@ def _traced(
     for adapter in model.peft_config.values() if isinstance(model, PeftModel) else ():
         if hasattr(adapter, "random_drop_layers"):
             adapter.random_drop_layers = 0  # a step may drop none
-    tracer = Tracer(fake, granularity=ALLOCATION_BYTES if is_reserved else 1)
+    tracer = Tracer(fake, granularity=granularity)
     bare: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     trl_head.add_fused_lm_head(bare, outputs=("log_probs", "entropy", "is_top1"))
     stores = [store for m in model.modules() if isinstance(m, MeftLayer) for store in m.stores.values()]
