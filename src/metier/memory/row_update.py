@@ -233,16 +233,17 @@ def catch_up(chunks: RowChunks, row_ids: Tensor, history: StepHistory, seed: int
             rows_SC, first_SC, second_SC, _ = chunks.read(ids)
             _only_decay(rows_SC, first_SC, second_SC, steps, history)
             chunks.write(ids, generator)
+    most_missed = history.most_missed
     for ids, _, steps in _sorted_chunks(moving, moving, steps_R, chunks.num_rows):
         rows_SC, first_SC, second_SC, grads_SC = chunks.read(ids)
         grads_SC.zero_()
         for step in range(steps[0] + 1, len(history) + 1):
             # in the order of their counts, the rows that missed this step and are not left to `_only_decay`
-            part = slice(bisect_left(steps, step - history.most_missed), bisect_left(steps, step))
+            part = slice(bisect_left(steps, step - most_missed), bisect_left(steps, step))
             if part.start < part.stop:
                 lists = [[x[part]] for x in (rows_SC, grads_SC, first_SC, second_SC)]
                 _fused_adamw(lists, [step], history.settings[step - 1])
-        _only_decay(rows_SC, first_SC, second_SC, [seen + history.most_missed for seen in steps], history)
+        _only_decay(rows_SC, first_SC, second_SC, [seen + most_missed for seen in steps], history)
         chunks.write(ids, generator)
     steps_R[row_ids] = len(history)
 
