@@ -7,10 +7,11 @@ Sides are the base, LoRA on all linear layers, a dense Parallel Adapter with as 
 one with as many rows, and MEFT with 1,024 rows a layer, about a quarter of the base's parameters, as the paper's 6,144
 are of LLaMA-7B's. A Parallel Adapter is `method: meft` with one Key-Expert, all of whose rows fire, and no gate.
 
-Each side trains once over the same records in the same batches of 16, at two learning rates; that with the lower loss
-on validation records counts, and for MEFT and the side that is nearest to it there are three seeds. Test items are the
-first of a fixed shuffle and are answered greedily. Each finished run is a line of results/meft_tasks.jsonl, so the
-benchmark may be stopped anywhere. Needs `../shared/data` and SmolLM2 (see `smollm2.py`).
+Each side trains once over the same records (few but for squad, for a run takes minutes on two cores) in the same
+batches of 16, at two learning rates; that with the lower loss on validation records counts, and for MEFT and the side
+that is nearest to it there are three seeds. Test items are the first of a fixed shuffle and are answered greedily. Each
+finished run is a line of results/meft_tasks.jsonl, so the benchmark may be stopped anywhere. Needs `../shared/data` and
+SmolLM2 (see `smollm2.py`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pathlib import Path
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TASKS = ("squad", "nq", "tool", "gsm8k")
-NUM_TRAIN = {"squad": 1500, "nq": 1500, "tool": 10_000, "gsm8k": 300}
+NUM_TRAIN = {"squad": 1500, "nq": 400, "tool": 400, "gsm8k": 200}
 NUM_VALIDATION = 100
 NUM_TEST = {"squad": 500, "nq": 500, "tool": 1000, "gsm8k": 200}
 MAX_NEW_TOKENS = {"squad": 24, "nq": 24, "tool": 64, "gsm8k": 224}

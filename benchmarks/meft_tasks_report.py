@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from meft_tasks_data import NUM_TEST, SCORES, TASKS
+from meft_tasks_data import NUM_TEST, NUM_TRAIN, SCORES, TASKS
 
 from metier.evaluation.bootstrap import mean_interval
 
@@ -58,7 +58,7 @@ def table(lines: Lines, task: str, rates: Rates) -> list[str]:
     if base is None or not complete:
         return []
     names = list(SCORES[task])
-    text = [f"## {task}, {len(base['scores'][names[0]])} test items", ""]
+    text = [f"## {task}: trained on {NUM_TRAIN[task]:,} records, {len(base['scores'][names[0]])} test items", ""]
     text += [f"| side | rate | seeds | validation loss | {' | '.join(names)} | trained | on the accelerator |"]
     text += ["|-|-|-|-" + "|-" * len(names) + "|-|-|"]
     scores = " | ".join(_with_interval(_items(base, task, name)) for name in names)
@@ -77,7 +77,7 @@ def table(lines: Lines, task: str, rates: Rates) -> list[str]:
         )
     text.append("")
     if "meft" in first:
-        for side in first.keys() - {"meft"}:
+        for side in (side for side in first if side != "meft"):
             differences = [a - b for a, b in zip(first["meft"], first[side], strict=True)]
             text.append(f"- MEFT minus {TITLES[side]}: {_with_interval(differences)} {names[0]}")
         text.append("")

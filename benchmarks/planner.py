@@ -226,7 +226,9 @@ def predict(cell: Cell, estimators: dict[str, Any], *, only_memory: bool = False
     }
     if only_memory:
         return of_memory
-    clock = clock_here(Path.cwd())
+    from metier.config import RunConfig
+
+    clock = clock_here(RunConfig(model="-", dataset="-", output_dir=str(Path.cwd())))
     timed = step_time(estimate, clock)
     clock.save()
     return {
