@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel, Trainer
 
 from metier.config import RunConfig
 from metier.data.encode import Encoded
+from metier.memory.frozen_model import frozen_weights
+from metier.memory.frozen_weight import FrozenWeight
 from metier.memory.step_gradients import step_gradients_of
 from metier.methods.meft import MeftLayer
 from metier.methods.wrap import wrap
@@ -22,6 +25,18 @@ from metier.planning.without_numbers import originals, show_entries
 from metier.routing.selection import ExpertSelection
 from metier.training.trainer import make_trainer
 from tiny_models import tiny_tokenizer
+
+
+def _items(batch: Batch, ids: list[int], labels: list[int]) -> list[Encoded]:
+    """Records that a collator makes such a batch of: all as long, all but one shorter, or two to a row."""
+    whole = Encoded(input_ids=ids, labels=labels, origin="test")
+    if batch.rows == "whole":
+        return [whole] * batch.num_rows
+    if batch.rows == "padded":
+        return [whole] + [Encoded(input_ids=ids[1:], labels=labels[1:], origin="test")] * (batch.num_rows - 1)
+    half = len(ids) // 2
+    halves = Encoded(input_ids=ids[:half], labels=labels[half // 2 :][:half], origin="test")
+    return [whole] + [halves] * (2 * (batch.num_rows - 1))
 
 
 def measured(
@@ -41,12 +56,12 @@ def measured(
     ids = list(range(6, 6 + batch.num_tokens))
     looked_at = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
     model = wrap(base, config, selection, [looked_at])
-    item = Encoded(input_ids=ids, labels=labels, origin="test")
+    items = _items(batch, ids, labels)
     trainer = make_trainer(
         model,
         tiny_tokenizer(),
-        [item] * batch.num_rows,
-        config,
+        items,
+        dataclasses.replace(config, per_device_train_batch_size=len(items)),
         Path(config.output_dir),
         eval_items=None,
         callbacks=[],
@@ -66,7 +81,9 @@ def measured(
     rows = [s.rows_NMWD for m in model.modules() if isinstance(m, MeftLayer) for s in m.stores.values()]
     gradients = [step_gradients_of(p) for p in model.parameters()]
     room = [one.reserve(torch.device("cpu")) for one in gradients if one is not None]
-    for tensor in (*model.parameters(), *model.buffers(), *rows, *room, *originals(model)):
+    parameters = [p for p in model.parameters() if not isinstance(p, FrozenWeight)]
+    stored = [weight.store._bytes_EB for weight in frozen_weights(model)]
+    for tensor in (*parameters, *model.buffers(), *rows, *room, *stored, *originals(model)):
         tracer.memory.known(tensor)
     with tracer, nullcontext() if is_reserved else columns_that_are_written(base):
         trainer.training_step(

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from metier.catalogue.method import Part
 from metier.catalogue.options import option_types, read_option
 from metier.catalogue.tree import method_of
 from metier.config import DEFAULT_METHOD, RunConfig
@@ -43,6 +44,80 @@ def load_run_config(
     """
     values = dict(not_needed or {}) | ({} if path is None else _read_file(Path(path)))
     return _made(values | _read_overrides(overrides), "command line" if path is None else str(path))
+
+
+def load_method_configs(
+    path: str | Path | None,
+    overrides: Sequence[str],
+    methods: Sequence[str],
+    *,
+    left_out: Callable[[str], set[str]],
+    not_needed: Mapping[str, Any] | None = None,
+) -> tuple[list[RunConfig], dict[str, str]]:
+    """One run with each of several methods: every key goes to those that may have it.
+
+    Of the file, where a method goes (`targets`), its options and its format of the base are for its own method alone.
+
+    Args:
+        path, overrides, not_needed: as `load_run_config`.
+        methods: of the catalogue.
+        left_out: says which keys of a run a method would pass over or refuse.
+
+    Returns:
+        the runs, and the methods that cannot have these keys with the reason.
+
+    Raises:
+        ConfigError: as `load_run_config`; a key on the command line that none of the methods has; or all refuse.
+    """
+    file, said = {} if path is None else _read_file(Path(path)), _read_overrides(overrides)
+    values, own = dict(not_needed or {}) | file | said, method_of(file.get("method", DEFAULT_METHOD)).name
+    where = _COMMAND_LINE if path is None else str(path)
+    if path is not None:
+        for key in file:
+            if not _may_have(own, key, file[key]):
+                # a key that its own method has not is a mistake, and refused as it would be there
+                _made(values | {"method": own}, where)
+    of_own = {key for key, value in file.items() if isinstance(value, _Foreign) or key == "targets"}
+    if file.get("base_format") is not None and file["base_format"] == method_of(own).base_format:
+        of_own.add("base_format")
+    configs: list[RunConfig] = []
+    refused: dict[str, ConfigError] = {}
+    taken: set[str] = set()
+    for name in methods:
+        mine = {
+            key: value
+            for key, value in values.items()
+            if key != "method"
+            and key not in left_out(name)
+            and (key in said or name == own or key not in of_own)
+            and _may_have(name, key, value)
+        }
+        taken |= mine.keys()
+        try:
+            configs.append(_made({**mine, "method": name}, where))
+        except ConfigError as error:
+            refused[name] = error
+    for key in said:
+        if key not in taken:
+            known = {option for name in methods for option in option_types(name)} - set(_names())
+            why = "is for none of" if key in _names() or key in known else "is unknown to"
+            raise ConfigError(
+                f"{_COMMAND_LINE}: --{key} {why} the methods {', '.join(methods)}. {_hint_for(key, methods[0], known)}"
+            )
+    if not configs:
+        raise next(iter(refused.values()))
+    return configs, {name: str(error).splitlines()[0] for name, error in refused.items()}
+
+
+def _may_have(method: str, key: str, value: object) -> bool:
+    """Whether a key is one of a run's own, or an option of the method, and names a place that this can go on."""
+    if isinstance(value, _Foreign):
+        return key in option_types(method) or key.removeprefix("no_") in option_types(method)
+    if key != "targets" or value is None:
+        return True
+    found = method_of(method)
+    wanted = {part.strip() for part in str(value).split(",")} & set(get_args(Part))
+    return bool(found.targets or "routed" in found.can_target) and wanted <= set(found.can_target)
 
 
 def run_config_of(values: Mapping[str, object], *, where: str) -> RunConfig:

@@ -34,6 +34,7 @@ DENSE: dict[str, dict[str, object]] = {
 }
 COPIES: dict[str, dict[str, object]] = {
     "esft_host": {"method": "esft", "base_store": "host", "select_top_k": 3},
+    "meft_exact": {"method": "meft", "meft_r": 64, "meft_update": "exact"},
     "lora_int8": {"method": "lora", "targets": "attention", "base_format": "int8"},
     "esft_without_padding": {"method": "esft", "padding_free": True, "select_top_k": 3},
 }

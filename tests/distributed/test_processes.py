@@ -72,7 +72,11 @@ def test_entries_of_weights_are_not_written_into_shards(method: str) -> None:
     for_ranks(config(method=method), TWO)
 
 
-def test_rows_on_disk_are_refused_before_anything_is_loaded() -> None:
+def test_rows_that_replicas_cannot_have_are_refused_before_anything_is_loaded() -> None:
+    rows = {"method": "meft", "meft_r": 64, "meft_update": "exact", "meft_row_dtype": "bfloat16"}
+    with pytest.raises(ConfigError, match=r"meft_update: exact rounds .* at random.*Use meft_update: lazy"):
+        for_ranks(config(**rows), TWO)
+    for_ranks(config(**rows), Ranks())
     rows = {"method": "meft", "meft_r": 64, "meft_store": "disk"}
     with pytest.raises(ConfigError, match=r"meft_store: rows on disk belong to one process.*Use host"):
         for_ranks(config(**rows), TWO)

@@ -438,3 +438,165 @@ def test_what_updates_gather_is_what_the_planner_counts(num_rows, width, mode, s
     )
     assert of_buffers == expected
     row_update._buffers.cache_clear()
+
+
+def stepped(optimizer: torch.optim.Optimizer, gradients: StepGradients, blocks: list[int], seed: int) -> Tensor:
+    """Take a step on some blocks; returns their dense gradient."""
+    dense = sparse_gradient(blocks, seed)
+    give(gradients, dense, blocks)
+    optimizer.step()
+    optimizer.zero_grad()
+    return dense
+
+
+@pytest.mark.parametrize("on_device", [{}, {"is_remote": True, "cache_bytes": 1 << 20}])
+@pytest.mark.parametrize("second", ["lazy", "exact"])
+def test_a_second_optimizer_on_the_same_rows_begins_where_the_first_had_them(second, on_device):
+    options = {"lr": 0.1, "weight_decay": 0.1}
+    gradients, (parameter, dense) = store_of(rows(), **on_device), dense_adamw(rows(), **options)
+    first = RowAdamW([gradients.holder], mode="exact", **options)
+    for step, blocks in enumerate([[0, 1], [2], [3]]):
+        parameter.grad = stepped(first, gradients, blocks, step)
+        dense.step()
+    # block 0 is owed the decay and the momentum of two steps, block 4 nothing but decay
+    after = RowAdamW([gradients.holder], mode=second, **options)
+    before = parameter.detach().clone()
+    parameter.grad = stepped(after, gradients, [0], 7)
+    torch.optim.AdamW([parameter], fused=True, **options).step()
+    saved = gradients.store.saved().view(N, M, 2, D)
+    fired = (parameter.grad != 0).flatten(2).any(2)
+    torch.testing.assert_close(saved[fired], parameter.detach()[fired], **EXACT)
+    resting = before if second == "lazy" else parameter.detach()
+    torch.testing.assert_close(saved[1:], resting[1:], **EXACT)
+
+
+def test_rows_that_are_loaded_are_owed_nothing():
+    gradients = store_of(rows())
+    optimizer = RowAdamW([gradients.holder], lr=0.1, weight_decay=0.1, mode="exact")
+    stepped(optimizer, gradients, [0, 1], 0)
+    stepped(optimizer, gradients, [2], 1)
+    wanted = rows(5).view(-1, 2, D)
+    gradients.store.load(wanted)
+    assert torch.equal(gradients.store.saved(), wanted)
+
+
+def test_gradients_of_blocks_that_were_not_read_here_come_after_what_those_are_owed():
+    """As in several processes: another one has used them."""
+    options = {"lr": 0.1, "weight_decay": 0.1}
+    gradients, (parameter, dense) = store_of(rows()), dense_adamw(rows(), **options)
+    optimizer = RowAdamW([gradients.holder], mode="exact", **options)
+    for step, blocks in enumerate([[0, 1], [2], [0, 3]]):
+        parameter.grad = sparse_gradient(blocks, step)
+        places, flags, _ = gradients.places(blocks, torch.device("cpu"))
+        for block, place, flag in zip(blocks, places, flags, strict=True):
+            place.copy_(parameter.grad[block])
+            flag |= (parameter.grad[block] != 0).flatten(1).any(1)
+        optimizer.step()
+        optimizer.zero_grad()
+        dense.step()
+    torch.testing.assert_close(gradients.store.saved().view(N, M, 2, D), parameter.detach(), **EXACT)
+
+
+def test_a_state_of_which_one_store_does_not_fit_is_loaded_into_none():
+    def two(columns: int) -> tuple[StepGradients, StepGradients]:
+        return store_of(rows()), StepGradients(RowStore(N, M, columns))
+
+    there, here = two(D), two(2 * D)
+    saved = RowAdamW([one.holder for one in there], lr=0.5)
+    for one in there:
+        give(one, sparse_gradient([0], 0), [0])
+    saved.step()
+    optimizer = RowAdamW([one.holder for one in here], lr=0.1)
+    with pytest.raises(RowStoreError, match="nothing was loaded"):
+        optimizer.load_state_dict(saved.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert not here[0].store.array("exp_avg").any()
+
+
+def test_rows_rest_where_gradients_are_set_to_zero_instead_of_none():
+    gradients = store_of(rows())
+    optimizer = RowAdamW([gradients.holder], lr=0.1, weight_decay=0.1)
+    give(gradients, sparse_gradient([0], 0), [0])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    before = gradients.store.saved().clone().view(N, M, 2, D)
+    give(gradients, sparse_gradient([1], 1), [1])
+    optimizer.step()
+    assert torch.equal(gradients.store.saved().view(N, M, 2, D)[0], before[0])
+
+
+def test_before_the_first_step_there_is_no_state_of_rows(tmp_path):
+    gradients = store_of(rows(), tier="disk", folder=tmp_path)
+    optimizer = RowAdamW([gradients.holder])
+    assert "exp_avg" in gradients.store.arrays
+    assert optimizer.state_dict()["state"] == {}
+
+
+def test_training_goes_on_after_an_evaluation_in_inference_mode():
+    """Of rows that are wide enough, whose updates are made in buffers that stay."""
+    gradients = StepGradients(RowStore(2, 1, 2048, tier="device"))
+    optimizer = RowAdamW([gradients.holder], mode="exact", lr=0.1)
+
+    def step(block: int) -> None:
+        give_ones(gradients, block)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(0)
+    step(1)
+    row_update._buffers.cache_clear()
+    with torch.inference_mode():
+        gradients.store.blocks([0], torch.device("cpu"), keep=False)
+    step(0)
+    step(1)
+    assert all(not array.is_inference() for array in gradients.store.arrays.values())
+
+
+def test_a_loaded_count_of_steps_is_where_the_parameter_is():
+    """A trainer reads checkpoints into the host's memory, and the fused kernel wants the count on the device."""
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = RowAdamW([parameter])
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    moved: list[torch.device] = []
+
+    class Count(torch.Tensor):
+        def to(self, device, *args, **kwargs):
+            moved.append(device)
+            return self.as_subclass(torch.Tensor)
+
+    state = optimizer.state[parameter]
+    state["step"] = state["step"].as_subclass(Count)
+    optimizer.step()
+    assert moved == [parameter.device]
+
+
+def test_a_state_of_before_the_first_step_leaves_no_moments():
+    gradients = store_of(rows())
+    optimizer = RowAdamW([gradients.holder], mode="exact")
+    fresh = optimizer.state_dict()
+    stepped(optimizer, gradients, [0], 0)
+    optimizer.load_state_dict(fresh)
+    assert not any(gradients.store.array(name).any() for name in ("exp_avg", "exp_avg_sq", "steps"))
+    assert optimizer.state_dict()["state"] == {}
+
+
+def test_saving_in_inference_mode_leaves_buffers_for_training():
+    gradients = StepGradients(RowStore(2, 1, 2048))
+    optimizer = RowAdamW([gradients.holder], mode="exact")
+    for block in (0, 1):
+        give_ones(gradients, block)
+        optimizer.step()
+        optimizer.zero_grad()
+    row_update._buffers.cache_clear()
+    with torch.inference_mode():
+        gradients.store.saved()
+    give_ones(gradients, 0)
+    optimizer.step()
+
+
+def give_ones(gradients: StepGradients, block: int) -> None:
+    gradients.store.blocks([block], torch.device("cpu"), keep=True)
+    places, flags, _ = gradients.places([block], torch.device("cpu"))
+    places[0].fill_(1.0)
+    flags[0].fill_(True)

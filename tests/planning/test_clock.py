@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from metier.config import RunConfig
 from metier.errors import ConfigError
 from metier.planning import clock as module
 from metier.planning import machine as machines
@@ -155,7 +156,7 @@ def test_another_number_of_threads_is_another_machine(threads: int) -> None:
 
 def test_every_operation_can_be_measured() -> None:
     """For real: small ones, and none takes no time."""
-    clock = clock_here(Path())
+    clock = clock_here(RunConfig(model="-", dataset="-", output_dir="."))
     assert isinstance(clock, MachineClock)
     for kind in ("product", "attention", "attention gradient"):
         work = Work(kind, torch.float32, (2, 16, 16, 8), 0, 1)

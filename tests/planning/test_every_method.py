@@ -274,11 +274,11 @@ def test_where_nothing_was_measured_nothing_is_recommended(tmp_path: Path) -> No
 
 def test_every_method_is_planned_by_one_word(tmp_path: Path, monkeypatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr("metier.planning.plan.plan", lambda config, **options: asked.append(options["methods"]) or "")
+    monkeypatch.setattr("metier.planning.plan.plan", lambda configs, **_: asked.extend(configs) or "")
     _base(DENSE).config.save_pretrained(tmp_path)
     done = CliRunner().invoke(app, ["plan", "--model", str(tmp_path), "--method", "every"])
     assert done.exit_code == 0, done.output
-    assert asked == [tuple(METHODS)]
+    assert [config.method for config in asked] == list(METHODS)
 
 
 def test_a_run_is_planned_with_other_methods_without_what_is_not_theirs(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import metier
 from metier.config import RunConfig, passed_over
-from metier.errors import ConfigError, SelectionError
+from metier.errors import ConfigError, ModelError, SelectionError
 from metier.memory.frozen_model import load_frozen
 from metier.methods.wrap import wrap
 from metier.planning.from_config import Skeleton, run_skeleton
@@ -143,3 +144,22 @@ def test_a_model_whose_weights_are_elsewhere_has_no_fingerprint() -> None:
         model = tiny_model("olmoe")
     with pytest.raises(NotImplementedError, match="meta"):
         metier.models.fingerprint.fingerprint(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"hidden_size": "big"}, "the configuration could not be read"),
+        ({"num_hidden_layers": [1]}, "the configuration could not be read"),
+        ({"hidden_size": -8}, "no model can be made by its configuration|the configuration could not be read"),
+        ({"intermediate_size": -8}, "no model can be made by its configuration"),
+        ({"num_attention_heads": 0}, "no model can be made by its configuration|the configuration could not be read"),
+        ({"vocab_size": None}, "no model can be made by its configuration|the configuration could not be read"),
+    ],
+)
+def test_a_configuration_with_impossible_sizes_is_refused_by_its_file(change, told, tmp_path):
+    written = json.loads(KNOWN_CONFIGS["LLaMA-7B"]().to_json_string()) | change
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    config = RunConfig(model=str(tmp_path), dataset="-", output_dir="-", method="full")
+    with pytest.raises(ModelError, match=f"{tmp_path}.*({told})"):
+        run_skeleton(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import itertools
 import json
@@ -16,7 +17,8 @@ from typer.testing import CliRunner
 from metier.cli import app
 from metier.config import RunConfig
 from metier.errors import ConfigError, ModelError, UnsupportedModelError
-from metier.planning import budget, estimate, fit
+from metier.models.skeleton import model_config
+from metier.planning import budget, estimate, fit, table
 from metier.planning.clock import clock_here
 from metier.planning.estimate import KINDS, Estimator
 from metier.planning.fit import Budget, Change, changed, smallest_change
@@ -27,6 +29,7 @@ from metier.planning.measured import ON_DENSE, ON_MOE
 from metier.planning.plan import METHODS, Plan, plan
 from metier.planning.sizes import read_bytes
 from metier.planning.spelling import count, duration, size
+from metier.planning.step_time import moved_bytes
 from tiny_models import tiny_model
 
 MIB = 1 << 20
@@ -104,7 +107,11 @@ def test_weights_in_a_store_are_counted_where_they_are(base, store):
     elsewhere = stored.host_bytes if store == "host" else stored.disk_bytes
     assert elsewhere == stored.state.stored_bytes > 0
     assert stored.device_bytes["frozen weights"] == plain.device_bytes["frozen weights"] - elsewhere
-    assert 0 < stored.device_bytes["fetched weights"] < elsewhere
+    fetched = stored.device_bytes["fetched weights"]
+    # on a CPU weights in the host's memory are read where they are
+    assert fetched == 0 if store == "host" else 0 < fetched < elsewhere
+    apart = Estimator(model_config(str(base)), has_host=True)(_run(base, base_store=store))
+    assert 0 < apart.device_bytes["fetched weights"] < elsewhere
     assert stored.trace == plain.trace
 
 
@@ -472,7 +479,7 @@ def test_calibrating_learns_from_runs_and_plans_nothing(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, ["plan", "--calibrate", "--runs", str(tmp_path)])
     assert "operations take 1.50 times as long" in " ".join(done.output.split())
     assert budget.workspace_bytes() == 33 * MIB
-    clock = clock_here(tmp_path)
+    clock = clock_here(RunConfig(model="-", dataset="-", output_dir=str(tmp_path)))
     assert clock.in_a_step == pytest.approx(1.5)
 
 
@@ -545,3 +552,194 @@ def test_what_only_another_method_has_is_left_out_of_its_row(base):
     assert [row.verdict for row in made.rows] == ["yes"] * 3, [row.why_not for row in made.rows]
     assert [row.config.method_options for row in made.rows] == [{"use_rslora": True}, {}, {}]
     assert [row.config.lora_r for row in made.rows] == [4, 8, 8]
+
+
+def _planned(base: Path, *options: str) -> str:
+    done = CliRunner().invoke(app, ["plan", "--model", str(base), "--max-length", "64", "--dtype", "float32", *options])
+    text = done.output if done.exception is None else f"{done.output}{done.exception}"
+    return " ".join(text.replace("│", " ").split())
+
+
+def test_a_key_goes_to_those_of_several_methods_that_have_it(base, tmp_path):
+    options = ("--method", "lora,meft,full", "--meft-r", "64", "--lora-r", "4", "--device-memory", "8GiB")
+    _planned(base, *options, "--targets", "attention", "-o", str(tmp_path / "plan.json"))
+    runs = {run["method"]: run for run in json.loads((tmp_path / "plan.json").read_text())["runs"]}
+    one = {
+        "lora": _run(base, method="lora", select_top_k=None, lora_r=4, targets="attention"),
+        "meft": _run(base, method="meft", select_top_k=None, meft_r=64),
+    }
+    for name, config in one.items():
+        assert runs[name]["num_trained_parameters"] == _estimator(base)(config).state.num_trained
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--method", "lora,full", "--meft-r", "64"), "--meft_r is for none of the methods lora, full"),
+        (("--method", "lora,full", "--lora-rr", "64"), "--lora_rr is unknown to the methods lora, full. Did you mean 'lora_r'?"),
+        (("--method", "lora,nome"), "nome"),
+        (("--method", "lora", "--vary", "lora_r"), "vary: got 'lora_r', expected a key with its values"),
+        (("--method", "lora", "--vary", "lora_r=4,x"), "lora_r must be a whole number, got 'x'"),
+        (("--host-memory", "8GiB"), "host_memory: is beside a device's, and there is none here"),
+        (("--runs", "elsewhere"), "runs: are learned from with --calibrate"),
+        (("-o", "."), "output: got '.', which cannot be written"),
+        (("-o", "/dev/null/plan.json"), "which cannot be written"),
+        (("--fsdp",), "fsdp: there is one process"),
+        (("--method", "mezo", "--mezo-directions", "0"), "mezo_directions: must be at least 1, got 0"),
+        (("--method", "prompt", "--padding-free"), "padding_free: records that share a row have one beginning"),
+        (("--global-batch-size", "6", "--per-device-train-batch-size", "4"), "expected a multiple of 4"),
+    ],
+)  # fmt: skip
+def test_what_a_plan_cannot_have_is_refused(base, options, told):
+    assert told in _planned(base, *options)
+
+
+def test_one_method_is_planned_with_several_settings(base, tmp_path):
+    options = ("--method", "lora,full", "--vary", "lora_r=4,8", "--vary", "max_length=32,64", "--device-memory", "8GiB")
+    _planned(base, *options, "-o", str(tmp_path / "plan.json"), "--chart", str(tmp_path / "plan.html"))
+    runs = json.loads((tmp_path / "plan.json").read_text())["runs"]
+    settings = [(run["method"], run["setting"]) for run in runs]
+    assert settings == [
+        ("lora", "lora_r 4 max_length 32"), ("lora", "lora_r 4 max_length 64"),
+        ("lora", "lora_r 8 max_length 32"), ("lora", "lora_r 8 max_length 64"),
+        ("full", "max_length 32"), ("full", "max_length 64"),
+    ]  # fmt: skip
+    trained = [run["num_trained_parameters"] for run in runs]
+    assert trained[0] == trained[1] == trained[2] / 2
+    assert "lora lora_r 4 max_length 32" in (tmp_path / "plan.html").read_text()
+
+
+def test_without_bitsandbytes_other_changes_are_looked_for(base, monkeypatch):
+    plain = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else plain(name))
+    config = _run(base)
+    # what comes after nf4 among the changes
+    least = _estimator(base)(changed(config, {"select_top_k": 1})).total_bytes
+    singles = [{"base_format": "nf4"}, {"select_top_k": 1}]
+    monkeypatch.setattr(fit, "_changes", lambda *_, **__: iter(singles))
+    change = smallest_change(config, Budget(least, None), _estimator(base))
+    assert change is not None
+    assert change.keys == {"select_top_k": 1}
+    assert plan(config, device_memory="10KiB").rows[0].change is None
+
+
+def test_lora_on_experts_is_not_said_to_fit_with_them_in_a_store(base):
+    with pytest.raises(ConfigError, match="lies in a store"):
+        plan(_run(base, method="lora", select_top_k=None, targets="routed", base_format="int8"), device_memory="8GiB")
+    alone = _run(base, method="lora", select_top_k=None, targets="routed")
+    lacking = _estimator(base)(alone).total_bytes - 1000
+    change = smallest_change(alone, Budget(lacking, None), _estimator(base))
+    assert change is not None
+    assert not {"base_store", "base_format"} & set(change.keys)
+
+
+def test_a_global_batch_is_planned_as_it_is_trained(base):
+    parted, summed = (
+        plan(_run(base, **keys), device_memory="8GiB", device="h100").rows[0]
+        for keys in ({"global_batch_size": 32}, {"gradient_accumulation_steps": 8})
+    )
+    assert parted.config.gradient_accumulation_steps == 8
+    assert parted.estimate.device_bytes == summed.estimate.device_bytes
+    assert parted.time.seconds == summed.time.seconds
+
+
+def test_rows_that_a_device_keeps_take_their_moments_too_and_are_not_moved(base):
+    model = tiny_model("deepseek_v2").config
+    config = _run(base, method="meft", select_top_k=None, meft_r=64)
+    state = Estimator(model, has_host=True)(config).state
+    in_all = state.row_bytes + state.row_state_bytes
+    found = {}
+    for name, cached in (("none", 0), ("half", in_all // 2), ("all", 2 * in_all)):
+        one = Estimator(model, has_host=True)(dataclasses.replace(config, meft_cache_bytes=cached))
+        found[name] = (one.device_bytes["fetched weights"], moved_bytes(one, has_host=True)["host"])
+    gathered = Estimator(model)(config).device_bytes["fetched weights"]
+    moved = found["none"][1]
+    assert 0 < moved <= state.row_bytes + state.row_gradient_bytes
+    assert found["none"][0] == state.row_bytes
+    assert found["half"][0] == pytest.approx((state.row_bytes + in_all) / 2 + gathered, abs=2)
+    assert found["half"][1] == pytest.approx(moved / 2, abs=2)
+    assert found["all"] == (in_all + gathered, 0)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "share", "place"),
+    [(4096, 1.0, "the output layer and the loss"), (64, 0.01, "backward through layer")],
+)
+def test_where_the_peak_is_is_said(vocab_size, share, place):
+    base = tiny_model("llama", num_hidden_layers=3, vocab_size=vocab_size).config
+    keys = {"method": "lora", "dtype": "float32", "gradient_checkpointing": share < 1, "max_length": 512}
+    found = Estimator(base, labelled_share=share)(RunConfig(model="-", dataset="-", output_dir="-", **keys))
+    assert table._place_of_peak(found.trace).startswith(place)
+
+
+def test_what_the_base_takes_is_said_in_its_own_dtype(base):
+    console = Console(width=300, file=io.StringIO())
+    console.print(plan(_run(base, dtype="bfloat16"), methods=("full", "esft"), device_memory="8GiB"))
+    num_bytes = 2 * sum(p.numel() for p in tiny_model("deepseek_v2").parameters())
+    assert f"the base takes {size(num_bytes)}" in console.file.getvalue()
+
+
+def _file(folder: Path, **keys: object) -> str:
+    (folder / "run.yaml").write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
+    return str(folder / "run.yaml")
+
+
+@pytest.mark.parametrize("keys", [{"lerning_rate": 1e-4}, {"method": "nome"}, {"method": "lora", "targets": "norms"}])
+def test_a_mistake_in_a_runs_file_is_refused_whatever_methods_are_planned(base, tmp_path, keys):
+    file = _file(tmp_path, model=base, **keys)
+    done = CliRunner().invoke(app, ["plan", file, "--method", "lora,full", "--device-memory", "8GiB"])
+    assert isinstance(done.exception, ConfigError)
+
+
+def test_a_format_that_is_its_methods_own_is_not_that_of_others(base, tmp_path):
+    file = _file(tmp_path, model=base, method="qlora", base_format="nf4", targets="attention", max_length=64)
+    output = tmp_path / "plan.json"
+    CliRunner().invoke(app, ["plan", file, "--method", "lora,qlora", "--device-memory", "8GiB", "-o", str(output)])
+    runs = {run["method"]: run["base_format"] for run in json.loads(output.read_text())["runs"]}
+    assert runs == {"lora": None, "qlora": "nf4"}
+
+
+def test_runs_of_several_models_are_refused(base):
+    with pytest.raises(ConfigError, match="several models"):
+        plan([_run(base), _run(base, revision="main")])
+
+
+def test_what_several_processes_refuse_cannot_be(base):
+    made = plan(_run(base, method="adalora", select_top_k=None), device_memory="8GiB", world=World(2, 8, ()))
+    assert {row.verdict for row in made.rows} == {"no"}
+
+
+def test_settings_are_those_that_are_given(base):
+    runs = [_run(base, global_batch_size=size) for size in (8, 16)]
+    assert [row.setting for row in plan(runs, device_memory="8GiB").rows] == [
+        "global_batch_size 8",
+        "global_batch_size 16",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("device", "host", "fits"), [(100, 1000, True), (95, 900, True), (89, 1000, False), (100, 800, False)]
+)
+def test_each_memory_may_be_foreseen_too_large_by_its_own_share(base, device, host, fits):
+    found = dataclasses.replace(_estimator(base)(_run(base)), device_bytes={"frozen weights": 100}, host_bytes=1000)
+    assert Budget(device, host).fits(found, may_be_wrong=0.1) == fits
+    assert Budget(1100, None).fits(found)
+    assert not Budget(1099, None).fits(found)
+
+
+def test_a_change_of_a_global_batch_leaves_its_parts_to_it(base):
+    config = _run(base, global_batch_size=32, per_device_train_batch_size=8)
+    found = plan(config, device_memory="8GiB").rows[0].estimate
+    change = (
+        plan(
+            config, device_memory=f"{found.total_bytes + budget.workspace_bytes()}B", device="h100", host_memory="8GiB"
+        )
+        .rows[0]
+        .change
+    )
+    if change is None:
+        lacking = found.total_device_bytes - 1000
+        change = plan(config, device_memory=f"{lacking}B", host_memory="8GiB").rows[0].change
+    assert change is not None
+    assert "gradient_accumulation_steps" not in change.keys
+    dataclasses.replace(config, **change.keys)

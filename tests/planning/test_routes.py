@@ -15,6 +15,7 @@ from metier.cli import app
 from metier.config import RunConfig
 from metier.errors import SelectionError
 from metier.planning.estimate import Estimator
+from metier.planning.links import World, links_of
 from metier.planning.plan import plan
 from metier.planning.routes import assumed_chances, chances_of, drawn
 from metier.planning.step import Batch
@@ -183,3 +184,20 @@ def test_a_profiles_folder_is_an_option(tmp_path: Path) -> None:
     (run,) = json.loads((tmp_path / "plan.json").read_text())["runs"]
     assert any("profile of 2,000 tokens" in said for said in run["assumptions"])
     assert run["spread"]["device_bytes"]
+
+
+def test_the_interval_of_one_process_of_several_is_that_processs(tmp_path: Path) -> None:
+    wanted = config(select_top_k=1, model=str(tmp_path), max_length=64)
+    BASE.save_pretrained(tmp_path)
+    measured = profile(shares(0.6), shares(0.25))
+    made = plan(wanted, profile=measured, device="h100", world=World(8, 8, links_of("nvlink4")))
+    for row in made.rows:
+        low, high = row.spread.device_bytes
+        assert low <= row.estimate.total_device_bytes <= high
+    copied, whole = made.rows[0], plan(wanted, profile=measured, device="h100").rows[0]
+    # its buckets are in all of it
+    assert (
+        copied.spread.device_bytes[0] - whole.spread.device_bytes[0]
+        == copied.estimate.device_bytes["gradients sent"]
+        > 0
+    )

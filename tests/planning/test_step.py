@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
+from torch._subclasses.fake_tensor import FakeTensor
 
 from measured_step import measured
 from metier.config import RunConfig
 from metier.errors import UnsupportedModelError
+from metier.memory.frozen_model import load_frozen
 from metier.planning.from_config import run_skeleton
 from metier.planning.segments import Segment, StepTrace
 from metier.planning.step import Batch, trace_step
-from metier.planning.trace import Operations
-from tiny_models import tiny_model
+from metier.planning.trace import Memory, Operations
+from planning.known_configs import KNOWN_CONFIGS
+from tiny_models import tiny_model, tiny_tokenizer
 
 BATCH = Batch(3, 128, 0.05)
 NUM_LAYERS = 8
@@ -207,3 +211,82 @@ def test_room_for_logits_that_are_not_written_counts_where_memory_is_reserved(tm
     unwritten = num_labelled * (32_768 - base.vocab_size) * 4
     # without them the peak is elsewhere
     assert 0.9 * unwritten < peaks[1] - peaks[0] <= unwritten
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rows", ["padded", "shared"])
+@pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("deepseek_v2", "esft"), ("olmoe", "lora")])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_what_a_mask_of_padding_or_of_other_records_takes_is_the_trainers(
+    family, method, rows, checkpointing, tmp_path
+):
+    """With few heads of keys and values, which a mask has torch repeat for every head of queries."""
+    batch = Batch(3, 128, 0.5, rows)
+    config = _config(method, tmp_path, checkpointing=checkpointing)
+    config = dataclasses.replace(config, padding_free=rows == "shared", max_length=128)
+    sizes = {"num_hidden_layers": NUM_LAYERS} | ({} if family == "deepseek_v2" else {"num_key_value_heads": 1})
+    skeleton = run_skeleton(config, tiny_model(family, **sizes).config)
+    trace = trace_step(config, skeleton, batch)
+    peak, operations = measured(tiny_model(family, **sizes), config, skeleton.selection, batch)
+    # half of the records have a label less, for the token before is another one's
+    assert trace.peak_bytes == pytest.approx(peak, rel=0.01)
+    kinds = {work.kind for work in operations.works}
+    assert {work.kind for work in trace.operations().works} >= {kind for kind in kinds if "attention" in kind}
+    whole = trace_step(config, run_skeleton(config, tiny_model(family, **sizes).config), Batch(3, 128, 0.5))
+    assert (trace.peak_bytes > 1.01 * whole.peak_bytes) or checkpointing
+
+
+@pytest.mark.parametrize("base_format", ["int8", "nf4"])
+@pytest.mark.parametrize(("family", "method", "rel"), [("llama", "lora", ROUNDING), ("olmoe", "lora", ROUNDING),
+                                                       ("olmoe", "esft", 0.1)])  # fmt: skip
+def test_frozen_weights_that_are_read_back_from_fewer_bits_count(family, method, rel, base_format, tmp_path):
+    """Of experts those that have rows are read, which are not the same in the trace."""
+    if base_format == "nf4":
+        pytest.importorskip("bitsandbytes")
+    base = tiny_model(family, num_hidden_layers=4, hidden_size=128, intermediate_size=256)
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    config = dataclasses.replace(
+        _config(method, tmp_path, checkpointing=False),
+        base_format=base_format,
+        targets="attention" if method == "lora" else None,
+    )
+    batch = Batch(1, 16, 0.5)
+    skeleton = run_skeleton(config, base.config)
+    trace = trace_step(config, skeleton, batch)
+    stored = load_frozen(tmp_path / "base", store="device", weight_format=base_format, dtype="float32").model
+    peak, _ = measured(stored, config, skeleton.selection, batch)
+    assert trace.peak_bytes == pytest.approx(peak, rel=rel)
+    plain = dataclasses.replace(config, base_format=None)
+    assert trace.peak_bytes > 1.05 * trace_step(plain, run_skeleton(plain, base.config), batch).peak_bytes
+
+
+@pytest.mark.slow
+def test_a_step_of_671_billion_parameters_is_traced_in_seconds(tmp_path):
+    """Ten or so on two cores alone; with others on them some times as long."""
+    config = dataclasses.replace(_config("esft", tmp_path, checkpointing=False), dtype="bfloat16", max_length=4096)
+    skeleton = run_skeleton(config, KNOWN_CONFIGS["DeepSeek-V3"]())
+    started = time.process_time()
+    trace = trace_step(config, skeleton, Batch(1, 4096, 0.5))
+    assert time.process_time() - started < 40
+    assert len(trace.stands_for) == 61
+
+
+@pytest.mark.parametrize("rows", ["padded", "shared"])
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "olmoe"])
+def test_masks_of_long_batches_have_no_numbers(family, rows, tmp_path, monkeypatch):
+    """One of four rows of 16,384 tokens has a billion of them."""
+    most, plain = [0], Memory.made
+
+    def made(memory, tensor):
+        if not isinstance(tensor, FakeTensor):
+            most[0] = max(most[0], tensor.untyped_storage().nbytes())
+        plain(memory, tensor)
+
+    monkeypatch.setattr(Memory, "made", made)
+    config = dataclasses.replace(_config("lora", tmp_path, checkpointing=False), padding_free=rows == "shared")
+    batch = Batch(4, 16_384, 0.1, rows)
+    trace = trace_step(config, run_skeleton(config, tiny_model(family, max_position_embeddings=16_384).config), batch)
+    assert most[0] < 32 << 20
+    # each layer keeps one in float32
+    assert trace.peak_bytes > 2 * 4 * 4 * 16_384**2

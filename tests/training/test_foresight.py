@@ -281,3 +281,63 @@ def test_what_may_not_fit_is_told_before_the_first_step(config, monkeypatch) -> 
     monkeypatch.undo()
     train(dataclasses.replace(config, output_dir=f"{config.output_dir}-roomy"), console=roomy)
     assert "Memory may not" not in roomy.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("keys", "free", "parts"),
+    [
+        ({}, 1 << 30, None),
+        ({}, 1000, "for its delta.$"),
+        ({"save_steps": 1}, 50_000, "for its delta, .* for a checkpoint.$"),
+        (
+            {"method": "meft", "meft_r": 64, "meft_store": "disk", "select_top_k": None},
+            100_000,
+            "sparse adapter's rows",
+        ),
+    ],
+)
+def test_a_disk_without_room_is_told_before_anything_is_loaded(config, monkeypatch, keys, free, parts):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free}))
+    changed_config = dataclasses.replace(config, **keys)
+    foreseen = Foresight(changed_config, tiny_model("deepseek_v2").config, force=False)
+    if parts is None:
+        foreseen.before_loading()
+        return
+    with pytest.raises(RunError, match=f"output_dir: .*free, expected at least .*{parts}".replace("$", "\n")):
+        foreseen.before_loading()
+    Foresight(changed_config, tiny_model("deepseek_v2").config, force=True).before_loading()
+
+
+def test_what_does_not_fit_is_listed_with_what_lies_on_the_host(config, monkeypatch):
+    _limited(monkeypatch, 100_000)
+    rows = dataclasses.replace(config, method="meft", meft_r=64, select_top_k=None)
+    with pytest.raises(RunError) as told:
+        Foresight(rows, tiny_model("deepseek_v2").config, force=False).before_loading()
+    listed = re.findall(r"([\d.]+) (B|KiB|MiB) of ", str(told.value).split("more than there is:")[1].split("\n")[0])
+    units = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20}
+    needed, unit = re.search(r"needs at least ([\d.]+) (KiB|MiB)", str(told.value)).groups()
+    total = sum(float(number) * units[unit] for number, unit in listed)
+    assert total == pytest.approx(float(needed) * units[unit], rel=0.02)
+    assert "of rows and stored weights on the host" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "padding_free", "rows"), [((5, 5, 5), False, "whole"), ((5, 5, 4), False, "padded"),
+                                          ((5, 5, 5), True, "whole"), ((5, 4, 4), True, "shared")],
+)  # fmt: skip
+def test_batches_of_unlike_records_have_a_mask(config, lengths, padding_free, rows):
+    items = [Encoded(input_ids=[1] * n, labels=[IGNORED] + [1] * (n - 1), origin="") for n in lengths]
+    found = dataclasses.replace(config, padding_free=padding_free)
+    assert {largest_batch(items, found).rows, module.mean_batch(items, found).rows} == {rows}
+
+
+def test_what_a_killed_run_has_left_on_the_disk_is_room(config, monkeypatch):
+    rows = {"method": "meft", "meft_r": 64, "meft_store": "disk", "select_top_k": None}
+    on_disk = dataclasses.replace(config, **rows)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100_000}))
+    with pytest.raises(RunError, match="sparse adapter's rows"):
+        Foresight(on_disk, tiny_model("deepseek_v2").config, force=False).before_loading()
+    left = Path(config.output_dir) / "rows" / "default"
+    left.mkdir(parents=True)
+    (left / "layer.rows").write_bytes(b"1" * 1_000_000)
+    Foresight(on_disk, tiny_model("deepseek_v2").config, force=False).before_loading()

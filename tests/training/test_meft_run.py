@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from metier.config import RunConfig
-from metier.errors import ConfigError, RowStoreError
+from metier.errors import ConfigError, RowStoreError, RunError
 from metier.memory import RowAdamW
 from metier.methods.meft import MeftConfig
 from metier.training.run import train
@@ -50,6 +51,7 @@ def test_a_run_says_what_it_trains_moves_rows_and_counts_them(
     result = train(configure(**MEFT), console=console)
     told = console.file.getvalue()
     assert "num_key_experts 16: routing costs least near" in told
+    assert "num_active_key_experts 4: as configured" in told
     assert "64 rows in 16 Key-Experts (host), and their router" in told
     num_layers = 2 if kind == "dense" else 3
     plan = json.loads((result.folder / "plan.json").read_text())["predicted"]
@@ -201,3 +203,49 @@ def test_rows_on_disk_go_when_a_run_ends_with_an_error(
     with pytest.raises(RowStoreError, match="No space left on device"):
         train(config, console=console)
     assert not (Path(config.output_dir) / "rows").exists()
+
+
+def test_steps_before_a_gradient_that_is_no_number_are_kept(
+    configure: Configure, console: Console, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense_base(base)
+    plain, steps = RowAdamW._check_finite, [0]
+
+    def check_finite(optimizer: RowAdamW) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # the machine's own time of a step is measured too, on rows alone
+        steps[0] += len(parameters) > 1
+        if steps[0] == 3:
+            next(p for p in parameters if p.grad is not None).grad.fill_(float("nan"))
+        plain(optimizer)
+
+    monkeypatch.setattr(RowAdamW, "_check_finite", check_finite)
+    config = configure(**MEFT, max_steps=5)
+    with pytest.raises(RunError, match=r"not finite(?s:.*)The 2 steps before are kept in .*checkpoint-2") as told:
+        train(config, console=console)
+    assert isinstance(told.value.__cause__, RowStoreError)
+    kept = Path(config.output_dir) / "checkpoints" / "checkpoint-2"
+    assert (kept / "complete").exists()
+    model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), kept)
+    assert all(store.rows_NMWD[:, :, 1].any() for m in model.modules() for store in getattr(m, "stores", {}).values())
+    monkeypatch.setattr(RowAdamW, "_check_finite", plain)
+    again = dataclasses.replace(config, resume_from_checkpoint="last")
+    assert train(again, console=console).folder == Path(config.output_dir)
+
+
+def test_a_gradient_that_is_no_number_is_told_of_where_steps_before_cannot_be_kept(
+    configure: Configure, console: Console, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense_base(base)
+
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def infinite(optimizer: RowAdamW) -> None:
+        if len(optimizer.state) > 0:
+            raise RowStoreError("rows: not finite")
+
+    monkeypatch.setattr(RowAdamW, "_check_finite", infinite)
+    monkeypatch.setattr(Trainer, "_save_checkpoint", no_room)
+    with pytest.raises(RunError, match=r"not finite(?s:.*)could not be kept in .*checkpoint-1.*No space left"):
+        train(configure(**MEFT, max_steps=3), console=console)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +11,7 @@ import typer
 
 from metier.cli.app import app, show
 from metier.config import RunConfig
-from metier.config_reading import describe_fields, load_run_config
+from metier.config_reading import describe_fields, load_method_configs, load_run_config
 
 if TYPE_CHECKING:
     from metier.planning.links import World
@@ -69,6 +71,9 @@ def plan(
     ] = None,
     labelled_share: Annotated[float, typer.Option(help="Of a batch's tokens, those that have a loss.")] = 0.5,
     records: Annotated[int | None, typer.Option(help="Of the data set, for the seconds in all.")] = None,
+    vary: Annotated[
+        list[str] | None, typer.Option(help="A key with several values, such as lora_r=8,64: a run for each.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as JSON, too.")] = None,
     chart: Annotated[Path | None, typer.Option(help="Draw memory by kind: a .png or .html file.")] = None,
     device: Annotated[str | None, typer.Option(help="An accelerator to plan for, such as rtx-4090.")] = None,
@@ -93,8 +98,9 @@ def plan(
     planned. With --world-size the run is planned for so many processes, with copies of the weights (DDP) and with
     shards (FSDP2); --device-memory is then a process's own, --host-memory a machine's.
     """
+    from metier.errors import ConfigError
+
     if calibrate:
-        from metier.errors import ConfigError
         from metier.planning.learning import calibrate as learn
 
         if runs != _RUNS and not runs.is_dir():
@@ -102,19 +108,22 @@ def plan(
         is_alone = run is None and not context.args
         of_a_plan = (
             method, device_memory, host_memory, records, output, chart, device, profile, world_size, link,
-            devices_per_node,
+            devices_per_node, vary,
         )  # fmt: skip
         if is_alone and any(option is not None for option in of_a_plan):
             raise ConfigError("plan: --calibrate without a run plans nothing. Name the run, or its --model.")
         show(learn(runs))
         if is_alone:
             return
+    elif runs != _RUNS:
+        raise ConfigError("runs: are learned from with --calibrate. Add it, or leave --runs out.")
     from rich.console import Console
 
     from metier.catalogue.tree import METHODS as CATALOGUE
+    from metier.catalogue.tree import method_of
     from metier.planning.plan import METHODS
     from metier.planning.plan import plan as plan_runs
-    from metier.reports.plan import check_chart, save_chart
+    from metier.reports.plan import check_chart, check_output, save_chart
     from metier.routing.routing_profile import RoutingProfile
 
     if chart is not None:
@@ -126,11 +135,16 @@ def plan(
     if method in CATALOGUE and not has_file:
         # the run's own method, with options of its own
         context.args, chosen = [*context.args, "--method", method], None
-    config = _run_config(context, run, not_needed={"dataset": "-", "output_dir": "-"})
+    for method_name in chosen or ():
+        method_of(method_name)
+    if output is not None:
+        check_output(output)
+    settings = _settings(vary)
+    configs, refused = _runs(context, run, chosen, settings)
     with Console(stderr=True).status("reading the configuration") as status:
         made = plan_runs(
-            config,
-            methods=chosen,
+            configs,
+            refused=refused,
             device_memory=device_memory,
             host_memory=host_memory,
             labelled_share=labelled_share,
@@ -164,10 +178,52 @@ def _world(size: int | None, link: str | None, devices_per_node: int | None) -> 
 
 def _run_config(context: typer.Context, run: str | None, **options: Any) -> RunConfig:
     """A run's file and the options that go before it."""
+    path, tokens = _path_and_tokens(context, run)
+    return load_run_config(path, tokens, **options)
+
+
+def _path_and_tokens(context: typer.Context, run: str | None) -> tuple[str | None, list[str]]:
     # Options that typer does not know are left in order: without a file the first of them lands in `run`.
     tokens = [*([run] if run else []), *context.args]
     path = tokens.pop(0) if tokens and not tokens[0].startswith("--") else None
-    return load_run_config(path, tokens, **options)
+    return path, tokens
+
+
+def _settings(vary: Sequence[str] | None) -> list[list[str]]:
+    """Command-line tokens of each combination of the values that keys are to have."""
+    from metier.errors import ConfigError
+
+    choices = []
+    for one in vary or ():
+        key, has_values, values = one.partition("=")
+        if not has_values or not key or not all(value.strip() for value in values.split(",")):
+            raise ConfigError(f"vary: got {one!r}, expected a key with its values, such as lora_r=8,64.")
+        choices.append([f"--{key.strip().replace('-', '_')}={value.strip()}" for value in values.split(",")])
+    return [list(chosen) for chosen in itertools.product(*choices)]
+
+
+def _runs(
+    context: typer.Context, run: str | None, methods: Sequence[str] | None, settings: Sequence[list[str]]
+) -> tuple[list[RunConfig], dict[str, str]]:
+    """The runs to plan, of the file's method or of several, with each setting; and who cannot have the keys."""
+    from metier.planning.as_method import foreign_keys
+
+    not_needed = {"dataset": "-", "output_dir": "-"}
+    given, configs = list(context.args), list[RunConfig]()
+    refused: dict[str, str] = {}
+    for setting in settings:
+        context.args = [*given, *setting]
+        if methods is None:
+            configs.append(_run_config(context, run, not_needed=not_needed))
+            continue
+        path, tokens = _path_and_tokens(context, run)
+        made, impossible = load_method_configs(path, tokens, methods, left_out=foreign_keys, not_needed=not_needed)
+        configs += made
+        refused |= impossible
+    # a key that a method does not have makes no other run of it
+    found = list({config.to_yaml(): config for config in configs}.values())
+    order = {name: number for number, name in enumerate(methods or ())}
+    return sorted(found, key=lambda config: order.get(config.method, 0)), refused
 
 
 def _preview(config: RunConfig) -> None:

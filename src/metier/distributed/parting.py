@@ -67,6 +67,12 @@ def _check(config: RunConfig) -> None:
             "meft_store: rows on disk belong to one process, and there are several. Use host, of which each process "
             "has a replica."
         )
+    in_bf16 = "bfloat16" in (config.meft_row_dtype, config.meft_state_dtype)
+    if config.method == "meft" and config.meft_update == "exact" and in_bf16:
+        raise ConfigError(
+            "meft_update: exact rounds rows and moments in bfloat16 at random, each process when it comes to them, so "
+            "replicas would drift apart. Use meft_update: lazy, or float32 for meft_row_dtype and meft_state_dtype."
+        )
     if not is_sharded(config):
         return
     if int(os.environ.get("FSDP_VERSION", "2")) != 2:

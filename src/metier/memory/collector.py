@@ -8,6 +8,8 @@ and then and as a process ends, and transformers twice as a batch of its continu
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _is_done = False
 
@@ -27,3 +29,15 @@ def keep_objects() -> bool:
     gc.freeze()
     _is_done = True
     return True
+
+
+@contextmanager
+def at_rest() -> Iterator[None]:
+    """For work that makes many objects and few rings: no collection until it is done."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -7,6 +7,7 @@ computes when a product needs them, forward and backward, and go again.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,13 +100,19 @@ def stored_sizes(model: nn.Module, store: str, format_name: str | None) -> Store
     """
     _check(store, format_name)
     plain, stored = 0, 0
+    for weight in large_weights(model):
+        num_weights, (rows, columns) = weight[..., 0, 0].numel(), weight.shape[-2:]
+        plain += weight.nbytes
+        stored += num_weights * weight_format(format_name, (rows, columns), weight.dtype).num_bytes
+    return StoredSizes(plain, stored, where_stored(store, format_name))
+
+
+def large_weights(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Those of a bare model that `load_frozen` would put into a store."""
     for path in large_modules(model):
         for name, weight in model.get_submodule(path).named_parameters(recurse=False):
             if is_large_weight(name, weight):
-                num_weights, (rows, columns) = weight[..., 0, 0].numel(), weight.shape[-2:]
-                plain += weight.nbytes
-                stored += num_weights * weight_format(format_name, (rows, columns), weight.dtype).num_bytes
-    return StoredSizes(plain, stored, where_stored(store, format_name))
+                yield weight
 
 
 class _Stores:

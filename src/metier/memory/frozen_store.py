@@ -164,7 +164,7 @@ class FrozenLayer:
 
     def arrive(self) -> None:
         """Somebody reads a weight of this layer: the first time in a pass, have this layer and the next one read."""
-        phase: Phase = "backward" if _is_in_backward() else "forward"
+        phase: Phase = "backward" if is_in_backward() else "forward"
         if self.order.now == (phase, self.number):
             return
         layers = self.order.layers
@@ -199,7 +199,8 @@ class FrozenOrder:
         self.now: tuple[Phase, int] | None = None
 
 
-def _is_in_backward() -> bool:
+def is_in_backward() -> bool:
+    """Whether autograd is at work: what runs forward then computes a layer again, on the way back."""
     # torch has no public way to ask; transformers and FSDP ask so too
     return torch._C._current_graph_task_id() != -1
 

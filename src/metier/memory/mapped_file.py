@@ -93,6 +93,8 @@ def create_mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Map
     num_bytes = math.prod(shape) * dtype.itemsize
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # who maps a former file of that name keeps it
+        path.unlink(missing_ok=True)
         with path.open("wb") as file:
             # a hole would fail later, as a signal in the middle of a step
             os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))

@@ -105,7 +105,8 @@ class RowAdamW(Optimizer):
         packed: dict[str, Any] = super().state_dict()
         for index, gradients in self._row_parameters():
             trained = self._rows.get(id(gradients))
-            if trained is not None:
+            # before the first update there are zeros, and much of them
+            if trained is not None and trained.is_begun:
                 packed["state"][index] = trained.state_dict()
         return packed
 
@@ -118,10 +119,24 @@ class RowAdamW(Optimizer):
         """
         states = dict(state_dict["state"])
         of_rows = {index: states.pop(index) for index, _ in self._row_parameters() if index in states}
+        loaded = [(self._trained(rows), of_rows[index]) for index, rows in self._row_parameters() if index in of_rows]
+        for trained, state in loaded:
+            trained.check(state)
         super().load_state_dict({**state_dict, "state": states})
-        for index, gradients in self._row_parameters():
-            if index in of_rows:
-                self._trained(gradients).load_state_dict(of_rows[index])
+        for trained, state in loaded:
+            trained.load_state_dict(state)
+        for index, rows in self._row_parameters():
+            # a state of before their first update
+            if index not in of_rows and self._trained(rows).is_begun:
+                seed = self._rows[id(rows)].seed
+                self._rows[id(rows)] = _TrainedRows(rows, self.mode, self.state_dtype, seed)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of any optimizer; of rows no gradients are left either way, or those that rest would be moved by zeros."""
+        super().zero_grad(set_to_none)
+        for _, gradients in self._row_parameters():
+            if gradients.holder.grad is not None:
+                gradients.clear()
 
     def _row_parameters(self) -> list[tuple[int, StepGradients]]:
         """Index in `state_dict` and gradients of each parameter that stands for rows."""
@@ -146,7 +161,8 @@ class RowAdamW(Optimizer):
                 where = f"a parameter of shape {list(parameter.shape)}" if gradients is None else gradients.store.name
                 raise RowStoreError(
                     f"{where}: got a gradient with values that are not finite; nothing was updated.\n"
-                    "Lower the learning rate, clip gradients, or compute in a wider dtype; the last checkpoint is good."
+                    "What was trained before is good. Lower the learning rate, clip gradients, or compute in a wider "
+                    "dtype."
                 )
 
     def _step_ordinary(self, parameters: Sequence[nn.Parameter], settings: StepSettings) -> None:
@@ -158,6 +174,8 @@ class RowAdamW(Optimizer):
                 state["step"] = torch.zeros((), device=parameter.device)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
+            # a trainer reads checkpoints into the host's memory
+            state["step"] = state["step"].to(parameter.device)
         states = [self.state[parameter] for parameter in parameters]
         adamw(
             list(parameters),
@@ -182,16 +200,26 @@ class _TrainedRows:
 
     def __init__(self, gradients: StepGradients, mode: str, state_dtype: str, seed: int) -> None:
         self.gradients, self.store, self.mode, self.seed = gradients, gradients.store, mode, seed
+        # a former optimizer, whose state ends here, may owe updates
+        self.store.settle(None)
+        self.store.leave_device()
         self.state_dtype, self.state_names = state_dtype, add_state(self.store, state_dtype)
         self.history = StepHistory()
         self.num_updates = 0
         """Calls so far, each with random numbers of its own."""
         self._chunks: dict[torch.device | None, RowChunks] = {}
-        if mode == "exact":
-            self.store.before_use = self.catch_up
+        self.store.before_use = self.catch_up if mode == "exact" else None
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether anything was ever updated."""
+        return self.num_updates > 0 or len(self.history) > 0
 
     def step(self, settings: StepSettings) -> None:
         block_ids = self.gradients.block_ids
+        # those that another process has used were not asked for here
+        if self.mode == "exact":
+            self.store.settle(self._owed(block_ids))
         for group in self.gradients.groups("optimizer", self._read_ahead):
             self._step_group(group, settings)
             self.store.changed(block_ids[group])
@@ -257,7 +285,8 @@ class _TrainedRows:
             "is_exact": torch.tensor(self.mode == "exact"),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def check(self, state: dict[str, Any]) -> None:
+        """Raise a RowStoreError where the state is of other rows, or was kept in another way."""
         expected = {name: (tuple((a := self.store.array(name)).shape), a.dtype) for name in self.state_names}
         got = {name: (tuple(state[name].shape), state[name].dtype) for name in expected if name in state}
         if got != expected or "history" not in state:
@@ -271,15 +300,19 @@ class _TrainedRows:
                 f"{self.store.name}: got optimizer state of mode {was!r}, whose steps count something else than those "
                 f"of {self.mode!r}; nothing was loaded.\nResume with mode {was!r}."
             )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take on a state that `check` has let pass; arrays that are the store's own are left."""
+        names = [name for name in self.state_names if state[name].data_ptr() != self.store.array(name).data_ptr()]
         # hot blocks have moments of their own, which are not these
         self.store.write_back()
         self.store.forget_copies()
         rows = self.store.rows_per_block
         for block in range(self.store.num_blocks):
             part = slice(block * rows, (block + 1) * rows)
-            for name in expected:
+            for name in names:
                 self.store.array(name)[part].copy_(state[name][part])
-            self.store.changed([block], expected)
+            self.store.changed([block], names)
         self.history = StepHistory(StepSettings(*row) for row in state["history"].tolist())
         self.num_updates = int(state["num_updates"])
 

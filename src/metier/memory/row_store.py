@@ -153,6 +153,21 @@ class RowStore:
         if self.tier == "device" and self.device != device:
             self.arrays = {name: array.to(device) for name, array in self.arrays.items()}
 
+    def __deepcopy__(self, _: object) -> RowStore:
+        raise RowStoreError(
+            f"{self.name}: rows in a store cannot be copied with their model (copy.deepcopy); nothing was.\nSave the "
+            "adapter by save_pretrained, and load it again on another model."
+        )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def settle(self, block_ids: Sequence[int] | None) -> None:
+        """Have an optimizer that owes blocks (None: all) updates do them. In whatever mode: what an evaluation
+        makes here, a later training goes on with."""
+        if self.before_use is not None:
+            self.before_use(block_ids)
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def blocks(
         self, block_ids: Sequence[int], device: torch.device, *, keep: bool, phase: Phase = "forward"
@@ -177,8 +192,7 @@ class RowStore:
             # the same as last time
             next_store.wanted(next_store.last_used)
         self.last_used = block_ids
-        if self.before_use is not None:
-            self.before_use(block_ids)
+        self.settle(block_ids)
         if self.device == device and not self.is_remote:
             return [self.home_rows(block) for block in block_ids]
         if self.on_device is None or self.on_device.device != device:
@@ -208,6 +222,11 @@ class RowStore:
         """Bring the arrays up to date with blocks that are kept on a device."""
         if self.on_device is not None:
             self.on_device.write_back()
+
+    def leave_device(self) -> None:
+        """Keep nothing on a device any more: what is kept beside the rows is about to be another."""
+        self.write_back()
+        self.on_device = None
 
     def forget_copies(self) -> None:
         """The arrays were written from outside; what is on a device is no copy of them any more."""
@@ -263,6 +282,9 @@ class RowStore:
             raise RowStoreError(
                 f"{self.name}: got rows of shape {list(rows_RWD.shape)}, expected {list(expected)}; nothing was loaded."
             )
+        # else what the former rows are owed would be added to these; moments and counts of hot ones stay
+        self.settle(None)
+        self.write_back()
         for first in range(0, self.num_rows, self.rows_per_block):
             part = slice(first, first + self.rows_per_block)
             self.arrays["rows"][part].copy_(rows_RWD[part])
@@ -271,8 +293,7 @@ class RowStore:
 
     def saved(self) -> Tensor:
         """All rows as (N * M, 2, D), every update done that the optimizer owes; a view where they are on the host."""
-        if self.before_use is not None:
-            self.before_use(None)
+        self.settle(None)
         self.write_back()
         self.expect(in_order=True)
         return self.arrays["rows"].detach()

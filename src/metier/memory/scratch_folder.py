@@ -54,6 +54,18 @@ def scratch_folder(parent: str | Path | None, *, option: str) -> Iterator[Path]:
 
 
 @contextmanager
+def held(file: Path) -> Iterator[bool]:
+    """Hold a lock on a file that goes after it; whether nobody else has it. A process that ends gives it back."""
+    with file.open("a") as lock:
+        is_free = _take(lock, if_unknown=True)
+        try:
+            yield is_free
+        finally:
+            if is_free:
+                file.unlink(missing_ok=True)
+
+
+@contextmanager
 def gone_after_error(folder: Path) -> Iterator[None]:
     """Remove a folder's files if what uses them ends with an error: they are of no use to whoever goes on later."""
     try:
@@ -91,12 +103,14 @@ def _remove_abandoned(parent: Path) -> None:
             continue
 
 
-def _take(lock: IO[str]) -> bool:
-    """Whether nobody else has it."""
+def _take(lock: IO[str], *, if_unknown: bool = False) -> bool:
+    """Whether nobody else has it; `if_unknown` where the file system has no locks."""
     if fcntl is None:
         return True
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return if_unknown
     return True

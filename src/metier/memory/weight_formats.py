@@ -147,13 +147,19 @@ class Nf4Blocks:
     def decode(self, bytes_NB: Tensor) -> Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        weights = []
-        for bytes_B in bytes_NB:
+        def decoded(bytes_B: Tensor) -> Tensor:
             scales = bytes_B[: 4 * self._num_blocks].view(torch.float32)
             codes = bytes_B[self._first_code :][: self._num_codes].view(-1, 1)
             state = QuantState(scales, self.shape, blocksize=_NF4_BLOCK, quant_type="nf4", dtype=self.dtype)
-            weights.append(dequantize_4bit(codes, state))
-        return weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
+            found: Tensor = dequantize_4bit(codes, state)
+            return found
+
+        if len(bytes_NB) == 1:
+            return decoded(bytes_NB[0]).unsqueeze(0)
+        out_NOI = torch.empty(len(bytes_NB), *self.shape, dtype=self.dtype, device=bytes_NB.device)
+        for out_OI, bytes_B in zip(out_NOI, bytes_NB, strict=True):
+            out_OI.copy_(decoded(bytes_B))
+        return out_NOI
 
 
 def weight_format(name: str | None, shape: tuple[int, int], dtype: torch.dtype) -> WeightFormat:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import peft
 from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from metier.catalogue.method import DENSE, MOE, Method
@@ -73,7 +74,7 @@ def put_on(model: PreTrainedModel, config: RunConfig, batches: Iterable[Batch] =
     # a sparse delta takes the best entries of all parts, which may be none of one of them
     wanted = () if isinstance(made, SparseDeltaConfig) or _names_modules(config) else parts
     check_coverage(wrapped, wanted, names_modules="target_modules" in config.method_options, method=method.name)
-    _refuse_stored_stacks(method, wrapped)
+    refuse_stored_stacks(method, wrapped, is_stored=lambda weight: isinstance(weight, FrozenWeight))
     if method.optimizer == "lora_fa":
         for name, parameter in wrapped.named_parameters():
             if ".lora_A." in name:
@@ -81,9 +82,10 @@ def put_on(model: PreTrainedModel, config: RunConfig, batches: Iterable[Batch] =
     return with_one_task(wrapped)
 
 
-def _refuse_stored_stacks(method: Method, wrapped: peft.PeftModel) -> None:
+def refuse_stored_stacks(method: Method, wrapped: nn.Module, *, is_stored: Callable[[Tensor], bool]) -> None:
+    """Raise a ConfigError where PEFT's LoRA is on stacked experts that lie in a store."""
     for path, module in wrapped.named_modules():
-        if isinstance(module, ParamWrapper) and isinstance(module.get_param(), FrozenWeight):
+        if isinstance(module, ParamWrapper) and is_stored(module.get_param()):
             raise ConfigError(
                 f"{method.name}: {path}.{module.parameter_name} lies in a store (base_store, base_format), and PEFT's "
                 "LoRA on stacked experts makes the changed weights of all of them at each step.\nUse method: "

@@ -7,7 +7,6 @@ asked for it.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -218,7 +218,7 @@ def read_config(target: str, common: dict[str, Any]) -> PreTrainedConfig:
     """The configuration; a ModelError where it cannot be read without running the repository's own code."""
     try:
         return AutoConfig.from_pretrained(target, **common)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{target}: the model needs Python code from its own repository, which metier does not run "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from metier.errors import ModelError
@@ -85,7 +86,13 @@ def skeleton_of(
     options: dict[str, Any] = {} if wanted is None else {"dtype": wanted}
     with torch.device("meta"):
         auto_class = network_class_for(name, config)
-        network: PreTrainedModel = auto_class.from_config(config, **options, trust_remote_code=trust_remote_code)
+        try:
+            network: PreTrainedModel = auto_class.from_config(config, **options, trust_remote_code=trust_remote_code)
+        except (RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+            raise ModelError(
+                f"{name}: no model can be made by its configuration: {first_line(error)}\nCompare its sizes with those "
+                "of the model's own config.json."
+            ) from error
         follow_contract(network)
     mark_skeleton(network)
     return network.eval()

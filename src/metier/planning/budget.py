@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from metier.errors import ConfigError
 from metier.memory.memory_limit import held_bytes, memory_limit_bytes
 from metier.planning.devices import Device
 from metier.planning.fit import Budget
@@ -32,7 +33,7 @@ def machine_budget(
         in_a_node: processes that share a machine: its host's memory, and where there is no device all that it has.
 
     Raises:
-        ConfigError: a size that is none.
+        ConfigError: a size that is none, or a host beside no device.
     """
     has_device = torch.cuda.is_available()
     if device_memory is not None:
@@ -44,6 +45,11 @@ def machine_budget(
     else:
         device = memory_limit_bytes() // in_a_node
     host = None if host_memory is None else read_bytes(host_memory, "host_memory")
+    if host is not None and device_memory is None and wanted is None and not has_device:
+        raise ConfigError(
+            "host_memory: is beside a device's, and there is none here. Say what it has (--device-memory 24GiB) or "
+            "which it is (--device rtx-4090); a CPU's memory is --device-memory alone."
+        )
     if host is None and (has_device or wanted is not None):
         host = memory_limit_bytes()
     # on a device the runtime's share is not known here

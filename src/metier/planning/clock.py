@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from metier.config import RunConfig
 from metier.planning import operation_times as times
 from metier.planning.devices import Device, device_called
 from metier.planning.machine import Machine
@@ -173,8 +174,12 @@ class MachineClock:
         return math.exp((1 - share) * math.log(seconds(low)) + share * math.log(seconds(high)))
 
 
-def clock_here(folder: Path) -> Clock | None:
-    """That of what this process computes on; None for an accelerator without figures."""
+def clock_here(config: RunConfig) -> Clock | None:
+    """That of what this process computes on, and of the disk where a run has its weights or rows; None for an
+    accelerator without figures."""
+    folder = Path(config.output_dir)
+    if config.base_store == "disk":
+        folder = Path(tempfile.gettempdir() if config.base_folder is None else config.base_folder)
     if not torch.cuda.is_available():
         return MachineClock(Machine.load(), folder)
     device = device_called(torch.cuda.get_device_name())
@@ -231,6 +236,8 @@ _COMPUTED = {
     "grouped product": times.product,
     "attention": times.attention,
     "attention gradient": times.attention_gradient,
+    "masked attention": times.masked_attention,
+    "masked attention gradient": times.masked_attention_gradient,
 }
 _MOVED = {
     "copy": times.copy,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -97,6 +97,11 @@ class Estimate:
         return self.state.trained_bytes if self.saved_bytes is None else self.saved_bytes
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """What is trained and the optimizer's state, as a checkpoint has them."""
+        return self.state.trained_bytes + self.state.optimizer_bytes
+
+    @property
     def added_at_inference(self) -> float | None:
         """Operations that a token takes more than in the base, as a share of the base's; None where it is not traced.
 
@@ -140,6 +145,7 @@ class Estimate:
             "host_bytes": self.host_bytes,
             "disk_bytes": self.disk_bytes,
             "delta_bytes": self.delta_bytes,
+            "checkpoint_bytes": self.checkpoint_bytes,
             "added_at_inference": self.added_at_inference,
             "num_virtual_tokens": self.num_virtual_tokens,
             **traced,
@@ -158,6 +164,7 @@ class Estimator:
         has_host: the host's memory is not the device's, so that rows in it are copied to the device.
         profile: of the data, by which experts are selected and tokens choose.
         half: of the profile's sequences, the even or the odd ones: how tokens choose on those alone.
+        is_padded: full batches have a row that is a token shorter, and so a mask, as nearly all batches have.
     """
 
     world_size = 1
@@ -171,8 +178,9 @@ class Estimator:
         has_host: bool = False,
         profile: RoutingProfile | None = None,
         half: int | None = None,
+        is_padded: bool = False,
     ) -> None:
-        self.profile, self.half = profile, half
+        self.profile, self.half, self.is_padded = profile, half, is_padded
         self.base, self.labelled_share, self.has_host = base, labelled_share, has_host
         self._traces: dict[tuple[RunConfig, Batch], StepTrace | str] = {}
         self._states: dict[RunConfig, Estimate] = {}
@@ -188,8 +196,9 @@ class Estimator:
         Raises:
             MetierError: as `run_skeleton`.
         """
-        share = self.labelled_share if batch is None else batch.labelled_share
         batch = batch or self._full_batch(config)
+        masked = "; its records are not all as long, so attention has a mask" if batch.has_mask else ""
+        assumed = f"{batch.labelled_share:.0%} of a batch's tokens have a loss, and it is full{masked}."
         found = self._trace(_on_device(config), batch)
         known = self.without_activations(config)
         if isinstance(found, str):
@@ -207,12 +216,12 @@ class Estimator:
             known,
             trace=found,
             device_bytes=device,
-            assumptions=(*known.assumptions, f"{share:.0%} of a batch's tokens have a loss, and it is full."),
+            assumptions=(*known.assumptions, assumed),
             num_tokens=batch.num_rows * batch.num_tokens,
         )
 
     def _trace(self, config: RunConfig, batch: Batch) -> StepTrace | str:
-        """Of a batch of a run with its weights on the device; or why there is none."""
+        """Of a batch of a run whose weights are on the device; or why there is none."""
         if (config, batch) not in self._traces:
             try:
                 skeleton = run_skeleton(config, self.base, self.profile)
@@ -240,7 +249,10 @@ class Estimator:
         return None if isinstance(found, str) else found.flops("forward")
 
     def _full_batch(self, config: RunConfig) -> Batch:
-        return Batch(config.per_device_train_batch_size, config.max_length, self.labelled_share)
+        rows: Literal["whole", "padded", "shared"] = "whole"
+        if self.is_padded:
+            rows = "shared" if config.padding_free else "padded"
+        return Batch(config.per_device_train_batch_size, config.max_length, self.labelled_share, rows)
 
     def without_activations(self, config: RunConfig) -> Estimate:
         """The state alone, which is quick: less than the run will take."""
@@ -309,6 +321,8 @@ class Estimator:
         rows = state.row_bytes + state.row_state_bytes if is_apart else 0
         buffers = self._update_buffers(config, on_cpu=is_apart or not self.has_host)
         on_host = is_apart and self.has_host
+        cached = min(config.meft_cache_bytes, rows) if on_host else 0
+        cached_rows = cached * state.row_bytes // rows if rows else 0
         stored = state.stored_bytes if config.base_store != "device" else 0
         device = {
             "frozen weights": state.base_bytes
@@ -316,11 +330,10 @@ class Estimator:
             - (state.trained_bytes if method_of(config.method).saves_whole_model else 0)
             + state.fixed_bytes
             + state.kept_bytes,
-            # two layers' at a time; a store in fewer bits on the device itself is not fetched
-            "fetched weights": 2 * stored // max(1, len(state.rows) - 1)
-            + (state.row_bytes if on_host else buffers)
-            # of rows that are kept there to be updated there
-            + (self._update_buffers(config, on_cpu=False) if on_host and config.meft_cache_bytes else 0),
+            "fetched weights": self._fetched_base(config, counted, stored)
+            + (state.row_bytes - cached_rows if on_host else buffers)
+            # rows that are kept there to be updated there, their moments, and what that gathers
+            + (cached + self._update_buffers(config, on_cpu=False) if cached else 0),
             "trained weights": state.trained_bytes - (state.row_bytes if is_apart else 0),
             "gradients": self._gradients(config, state),
             "optimizer state": state.optimizer_bytes - (state.row_state_bytes if is_apart else 0),
@@ -346,6 +359,11 @@ class Estimator:
             is_moe=counted.is_moe,
         )
 
+    def _fetched_base(self, config: RunConfig, counted: _Counted, stored: int) -> int:
+        """Of the frozen base, two layers at a time where it lies elsewhere; a trace has what is read back of them."""
+        is_viewed = config.base_store == "host" and not self.has_host
+        return 0 if is_viewed else 2 * stored // max(1, len(counted.state.rows) - 1)
+
 
 @dataclass(frozen=True, slots=True)
 class _Counted:
@@ -368,8 +386,8 @@ def _is_moe(model: nn.Module) -> bool:
 
 
 def _on_device(config: RunConfig) -> RunConfig:
-    """Where frozen weights are makes no difference to what is computed."""
-    return _one_batch(dataclasses.replace(config, base_store="device", base_format=None, base_folder=None))
+    """Where frozen weights are makes no difference to what is computed; their format, what is read back, does."""
+    return _one_batch(dataclasses.replace(config, base_store="device", base_folder=None))
 
 
 def _one_batch(config: RunConfig) -> RunConfig:

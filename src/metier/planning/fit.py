@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from metier.catalogue.tree import method_of
 from metier.config import POLICIES, RunConfig
-from metier.errors import ConfigError
+from metier.errors import MetierError
 from metier.methods.wrap import selects_experts
 from metier.planning.estimate import Estimate
 from metier.planning.from_config import ASSUMED_SHARE
@@ -40,8 +40,14 @@ class Budget:
         taken = estimate.total_device_bytes + estimate.host_bytes + self.runtime_bytes
         return max(0, self.device_bytes - taken)
 
-    def fits(self, estimate: Estimate) -> bool:
-        return self.lacking_bytes(estimate) == 0
+    def fits(self, estimate: Estimate, *, may_be_wrong: float = 0.0) -> bool:
+        """Whether a run does, if by so much of it too much may be foreseen."""
+        device, host = estimate.total_device_bytes, estimate.host_bytes
+        if self.host_bytes is None:
+            device, host = device + host, 0
+        lacking_device = device + self.runtime_bytes - self.device_bytes
+        lacking_host = 0 if self.host_bytes is None else host - self.host_bytes
+        return lacking_device <= may_be_wrong * device and lacking_host <= may_be_wrong * host
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,7 @@ class Change:
     estimate: Estimate
 
     def __str__(self) -> str:
-        return ", ".join(f"{key}: {_shown(value)}" for key, value in self.keys.items())
+        return ", ".join(f"{key}: {shown_value(value)}" for key, value in self.keys.items())
 
 
 class Estimates(Protocol):
@@ -83,12 +89,12 @@ def smallest_change(config: RunConfig, budget: Budget, estimator: Estimates) -> 
         keys = {key: value for change in changes for key, value in change.items()}
         try:
             wanted = changed(config, keys)
-        except ConfigError:  # not with this method
+            # its state alone is known at once
+            if not budget.fits(estimator.without_activations(wanted)):
+                return None
+            estimate = estimator(wanted)
+        except MetierError:  # not with this method, this model, or what is installed
             return None
-        # its state alone is known at once
-        if not budget.fits(estimator.without_activations(wanted)):
-            return None
-        estimate = estimator(wanted)
         keys = {key: value for key, value in keys.items() if getattr(config, key) != value}
         return Change(keys, estimate) if estimate.trace is not None and budget.fits(estimate) else None
 
@@ -158,5 +164,6 @@ def changed(config: RunConfig, keys: dict[str, Any]) -> RunConfig:
     return dataclasses.replace(config, **keys)
 
 
-def _shown(value: object) -> str:
+def shown_value(value: object) -> str:
+    """As YAML has it."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

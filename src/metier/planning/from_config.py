@@ -7,14 +7,18 @@ from dataclasses import dataclass
 
 import peft
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from metier.catalogue.tree import method_of
 from metier.config import RunConfig
 from metier.errors import ConfigError
-from metier.memory.frozen_model import StoredSizes, stored_sizes
+from metier.memory.frozen_model import StoredSizes, large_weights, stored_sizes
+from metier.methods.from_catalogue import refuse_stored_stacks
 from metier.methods.wrap import selects_experts, wrap
 from metier.models.moe import is_dense, moe_layers
 from metier.models.skeleton import model_config, skeleton_of
+from metier.planning.refused import check_run
 from metier.planning.routes import check_profile
 from metier.planning.state import TrainingPlan, training_plan
 from metier.routing.configured import selection_config
@@ -36,6 +40,8 @@ class Skeleton:
     """What was assumed where neither the run nor a profile says it, in words."""
     stored: StoredSizes | None
     """Of the base's weights that the run keeps in a store of their own."""
+    decoded: tuple[nn.Parameter, ...] = ()
+    """Those of them that are read back from a format of fewer bits whenever a product needs them."""
 
     def state(self, config: RunConfig) -> TrainingPlan:
         """Parameters and bytes, exact: what the same functions count of the model when it is built."""
@@ -63,6 +69,7 @@ def run_skeleton(
         ConfigError: more experts a layer than there are.
         MetierError: as loading, selecting and wrapping raise.
     """
+    check_run(config)
     if base is None:
         base = model_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -72,12 +79,15 @@ def run_skeleton(
         check_profile(profile, layers)
     stored = stored_sizes(bare, config.base_store, config.base_format) if config.has_frozen_base else None
     selection, assumptions = _selection(bare, config, profile) if selects_experts(config) else (None, ())
+    large = tuple(large_weights(bare)) if stored is not None else ()
     with torch.device("meta"):
         model = wrap(bare, config, selection)
+    # training finds them in their store
+    refuse_stored_stacks(method_of(config.method), model, is_stored=lambda weight: any(weight is one for one in large))
     if isinstance(model, peft.PeftModel) and getattr(model.active_peft_config, "needs_data", False):
         said = "Which entries are trained, the data will say; they are taken to lie where a step costs most."
         assumptions = (*assumptions, said)
-    return Skeleton(model, selection, assumptions, stored)
+    return Skeleton(model, selection, assumptions, stored, large if config.base_format is not None else ())
 
 
 def _selection(

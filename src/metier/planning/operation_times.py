@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,16 +55,39 @@ def product(dtype: torch.dtype, sizes: Sequence[int]) -> float:
 
 def attention(dtype: torch.dtype, sizes: Sequence[int]) -> float:
     """Seconds of causal attention of (heads, queries, keys, head_dim)."""
-    query, key, value = (x.detach() for x in _heads(dtype, sizes))
-    return _timed(lambda _: F.scaled_dot_product_attention(query, key, value, is_causal=True))
+    return _attention(dtype, sizes, is_causal=True)
 
 
 def attention_gradient(dtype: torch.dtype, sizes: Sequence[int]) -> float:
     """Seconds of its backward pass."""
+    return _attention_gradient(dtype, sizes, is_causal=True)
+
+
+def masked_attention(dtype: torch.dtype, sizes: Sequence[int]) -> float:
+    """Seconds of attention with a mask of numbers that are added, which hides what a causal one does."""
+    return _attention(dtype, sizes, attn_mask=_mask(dtype, sizes))
+
+
+def masked_attention_gradient(dtype: torch.dtype, sizes: Sequence[int]) -> float:
+    """Seconds of its backward pass."""
+    return _attention_gradient(dtype, sizes, attn_mask=_mask(dtype, sizes))
+
+
+def _attention(dtype: torch.dtype, sizes: Sequence[int], **hidden: Any) -> float:
+    query, key, value = (x.detach() for x in _heads(dtype, sizes))
+    return _timed(lambda _: F.scaled_dot_product_attention(query, key, value, **hidden))
+
+
+def _attention_gradient(dtype: torch.dtype, sizes: Sequence[int], **hidden: Any) -> float:
     query, key, value = _heads(dtype, sizes)
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    out = F.scaled_dot_product_attention(query, key, value, **hidden)
     given = torch.ones_like(out)
     return _timed(lambda _: torch.autograd.grad(out, (query, key, value), given, retain_graph=True))
+
+
+def _mask(dtype: torch.dtype, sizes: Sequence[int]) -> Tensor:
+    _, queries, keys, _ = sizes
+    return torch.full((1, 1, queries, keys), -torch.inf, dtype=dtype).triu_(1 + max(0, keys - queries))
 
 
 def _heads(dtype: torch.dtype, sizes: Sequence[int]) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from metier.planning.budget import machine_budget
 from metier.planning.clock import Clock, DeviceClock, clock_here
 from metier.planning.devices import Device, device_of
 from metier.planning.estimate import Estimate, Estimator
-from metier.planning.fit import Budget, Change, Estimates, changed, smallest_change
+from metier.planning.fit import Budget, Change, Estimates, changed, shown_value, smallest_change
 from metier.planning.kv_cache import KvCache, kv_cache
 from metier.planning.length import planned_steps
 from metier.planning.links import World
@@ -74,13 +74,15 @@ class Row:
     """How several processes part it (`sharding.DDP`, `sharding.FSDP2`)."""
     link_seconds: float | None = None
     """To send what a step sends, if nothing is computed meanwhile; None where no link is named."""
+    setting: str = ""
+    """What its run has otherwise than others of the plan with its method."""
     is_open: bool = False
     """Whether nothing is known of it before more is said: it begins from the weights, or lacks an option."""
 
     @property
     def name(self) -> str:
-        """The method, and how it is parted."""
-        return self.config.method if self.way is None else f"{self.config.method} {self.way}"
+        """The method, what is set otherwise than in others of it, and how it is parted."""
+        return " ".join(part for part in (self.config.method, self.setting, self.way) if part)
 
     @property
     def fits(self) -> bool:
@@ -185,7 +187,7 @@ class Plan:
 
 
 def plan(
-    config: RunConfig,
+    config: RunConfig | Sequence[RunConfig],
     *,
     methods: Sequence[str] | None = None,
     device_memory: str | None = None,
@@ -195,14 +197,15 @@ def plan(
     profile: RoutingProfile | None = None,
     world: World | None = None,
     num_records: int | None = None,
+    refused: Mapping[str, str] | None = None,
     begun: Callable[[str], None] | None = None,
 ) -> Plan:
     """What a run takes, or the runs of several methods.
 
     Args:
-        config: the run; neither its data nor the model's weights need be there.
-        methods: to compare instead of the run's own; settings that belong to one method are left out for others. Of
-            more than a table has columns for, no changes are looked for that would make one fit.
+        config: the run, or several of one model; neither its data nor the model's weights need be there.
+        methods: to compare instead of a single run's own; settings that belong to one method are left out for others.
+            Of more than a table has columns for, no changes are looked for that would make one fit.
         device_memory, host_memory: such as "24GiB"; this machine's where they are not given.
         labelled_share: of the tokens that have a loss, in (0, 1].
         profile: of the data that will be trained on: which experts are selected, and how tokens choose.
@@ -210,6 +213,7 @@ def plan(
         world: the processes of the run; bytes and seconds are those of one of them then, with copies of the weights and
             with shards, or with shards alone where the run says `fsdp`.
         num_records: of the task, from which the number of steps follows where the run has no `max_steps`.
+        refused: methods that cannot have the runs' keys, and why; each has a row that says so.
         begun: is told the name of each method as its turn comes.
 
     Raises:
@@ -220,6 +224,12 @@ def plan(
         raise ConfigError(f"labelled_share: must be in (0, 1], got {labelled_share}.")
     if num_records is not None and num_records < 1:
         raise ConfigError(f"records: must be at least 1, got {num_records}.")
+    runs = [config] if isinstance(config, RunConfig) else list(config)
+    if not runs or (methods is not None and len(runs) > 1):
+        raise ConfigError(f"plan: got {len(runs)} runs, expected at least one, and one alone where methods are named.")
+    config = runs[0]
+    if len({(run.model, run.revision, run.trust_remote_code) for run in runs}) > 1:
+        raise ConfigError("plan: got runs of several models, expected runs of one. Plan each model by itself.")
     for method in methods or ():
         method_of(method)
     ignore_renamed_options()
@@ -232,23 +242,34 @@ def plan(
     budget = budget_of(1 if world is None else world.size)
     clock = _clock(config, budget, wanted)
     base = model_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    options: dict[str, Any] = {"labelled_share": labelled_share, "has_host": budget.host_bytes is not None}
+    has_host = budget.host_bytes is not None
+    options: dict[str, Any] = {"labelled_share": labelled_share, "has_host": has_host, "is_padded": True}
     estimator = Estimator(base, profile=profile, **options)
-    halves = [Estimator(base, profile=profile, half=half, **options) for half in (0, 1)] if profile is not None else []
-    configs, refused = _configs(config, methods)
+    own_halves = [Estimator(base, profile=profile, half=half, **options) for half in (0, 1)] if profile else []
+    halves: Sequence[Estimates] = own_halves
+    configs, impossible = _configs(runs, methods)
+    impossible += [_impossible(config, method, why) for method, why in (refused or {}).items()]
     pays: list[Pays | None] = []
-    alone, few = len(configs) + len(refused) == 1, len(configs) <= MOST_COLUMNS
+    alone, few = len(configs) + len(impossible) == 1, len(configs) <= MOST_COLUMNS
+    settings = _settings(configs)
     if world is None:
-        rows = [_row(each, budget, estimator, alone=alone, few=few) for each in _one_by_one(configs, begun)]
+        rows = [
+            dataclasses.replace(_row(each, budget, estimator, Ranks(), alone=alone, few=few), setting=settings[each])
+            for each in _one_by_one(configs, begun)
+        ]
     else:
         rows = [
-            _rank_row(each, budget, estimator, world, few=few)
+            dataclasses.replace(_rank_row(each, budget, estimator, world, few=few), setting=settings[one])
             for one in _one_by_one(configs, begun)
             for each in _ways(one)
         ]
-        pays = [where_sharding_pays(each, estimator, budget_of, world.size) for each in configs]
+        for each in configs:
+            found = where_sharding_pays(each, estimator, budget_of, world.size)
+            name = " ".join(part for part in (each.method, settings[each]) if part)
+            pays.append(None if found is None else dataclasses.replace(found, method=name))
+        halves = [RankEstimator(half, world.size) for half in own_halves]
     rows = [_timed(_with_base(row, estimator), halves, clock, budget) for row in rows]
-    rows = sorted([*rows, *refused], key=lambda row: (methods or ()).index(row.config.method) if methods else 0)
+    rows = sorted([*rows, *impossible], key=lambda row: (methods or ()).index(row.config.method) if methods else 0)
     if clock is not None:
         clock.save()
     why = "" if clock is not None else "what computes is not this machine's CPU. Name it: --device rtx-4090."
@@ -267,7 +288,7 @@ def why_not(config: RunConfig, memory: str | None = None) -> str:
     budget = machine_budget(memory)
     base = model_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     try:
-        found = Estimator(base, has_host=budget.host_bytes is not None)(config)
+        found = Estimator(base, has_host=budget.host_bytes is not None)(for_ranks(config, Ranks()))
     except NeedsWeightsError:
         return ""
     except MetierError as error:
@@ -282,10 +303,10 @@ def _clock(config: RunConfig, budget: Budget, device: Device | None) -> Clock | 
         return DeviceClock(device)
     if (budget.host_bytes is not None) != torch.cuda.is_available():
         return None
-    return clock_here(Path(config.output_dir))
+    return clock_here(config)
 
 
-def _timed(row: Row, halves: Sequence[Estimator], clock: Clock | None, budget: Budget) -> Row:
+def _timed(row: Row, halves: Sequence[Estimates], clock: Clock | None, budget: Budget) -> Row:
     """With its step's time, where it is known what computes, and with its spread, where there is a profile."""
     if row.estimate is None or row.estimate.trace is None:
         return row
@@ -317,18 +338,35 @@ def _cache_as_dict(cache: KvCache) -> dict[str, int]:
     }
 
 
-def _configs(config: RunConfig, methods: Sequence[str] | None) -> tuple[list[RunConfig], list[Row]]:
+def _configs(runs: list[RunConfig], methods: Sequence[str] | None) -> tuple[list[RunConfig], list[Row]]:
     """The runs to plan, and rows of methods that the run cannot have."""
-    found, refused = [], []
-    for method in (config.method,) if methods is None else methods:
+    if methods is None:
+        return runs, []
+    found, impossible = [], []
+    for method in methods:
         try:
-            found.append(config if methods is None else as_method(config, method))
+            found.append(as_method(runs[0], method))
         except ConfigError as error:
-            if len(methods or ()) == 1:
+            if len(methods) == 1:
                 raise
-            plain = RunConfig(model=config.model, dataset=config.dataset, output_dir=config.output_dir, method=method)
-            refused.append(Row(plain, None, f"it cannot have this run's keys: {str(error).splitlines()[0]}"))
-    return found, refused
+            impossible.append(_impossible(runs[0], method, str(error).splitlines()[0]))
+    return found, impossible
+
+
+def _impossible(config: RunConfig, method: str, why: str) -> Row:
+    plain = RunConfig(model=config.model, dataset=config.dataset, output_dir=config.output_dir, method=method)
+    return Row(plain, None, f"it cannot have this run's keys: {why}")
+
+
+def _settings(configs: Sequence[RunConfig]) -> dict[RunConfig, str]:
+    """Of each run the keys in which it differs from others of its method, in words."""
+    keys = {config: {**dataclasses.asdict(config), **config.method_options} for config in configs}
+    found = {}
+    for config, own in keys.items():
+        others = [keys[one] for one in configs if one.method == config.method]
+        names = [name for name in own if any(other.get(name) != own[name] for other in others)]
+        found[config] = " ".join(f"{name} {shown_value(own[name])}" for name in names if name != "method_options")
+    return found
 
 
 def _with_base(row: Row, estimator: Estimator) -> Row:
@@ -346,7 +384,16 @@ def _one_by_one(configs: Sequence[RunConfig], begun: Callable[[str], None] | Non
         yield config
 
 
-def _row(config: RunConfig, budget: Budget, estimator: Estimates, *, alone: bool, few: bool = True) -> Row:
+def _row(
+    config: RunConfig, budget: Budget, estimator: Estimates, ranks: Ranks, *, alone: bool, few: bool = True
+) -> Row:
+    in_all = config.global_batch_size
+    try:
+        config = for_ranks(config, ranks)
+    except ConfigError as error:
+        if alone:
+            raise
+        return Row(config, None, str(error).splitlines()[0])
     try:
         found = estimator(config)
     except MetierError as error:
@@ -356,6 +403,10 @@ def _row(config: RunConfig, budget: Budget, estimator: Estimates, *, alone: bool
     lacking = budget.lacking_bytes(found)
     is_asked = few and lacking and found.trace is not None
     change = smallest_change(config, budget, estimator) if is_asked else None
+    if change is not None and in_all is not None:
+        # from which the batches of a step follow
+        keys = {key: value for key, value in change.keys.items() if key != "gradient_accumulation_steps"}
+        change = dataclasses.replace(change, keys=keys)
     return Row(config, found, found.why_not_traced, lacking, change)
 
 
@@ -369,11 +420,7 @@ def _ways(config: RunConfig) -> list[RunConfig]:
 def _rank_row(config: RunConfig, budget: Budget, estimator: Estimator, world: World, *, few: bool) -> Row:
     """Of one process; what a run in so many refuses is refused here in its words."""
     way = FSDP2 if config.fsdp else DDP
-    try:
-        parted = for_ranks(config, Ranks(size=world.size))
-    except ConfigError as error:
-        return Row(config, None, str(error), way=way)
-    row = _row(parted, budget, RankEstimator(estimator, world.size), alone=False, few=few)
+    row = _row(config, budget, RankEstimator(estimator, world.size), Ranks(size=world.size), alone=False, few=few)
     on_rank = None if row.estimate is None else row.estimate.on_rank
     seconds = None if on_rank is None else world.seconds(on_rank.sent_bytes)
     return dataclasses.replace(row, way=way, link_seconds=seconds)
@@ -384,6 +431,7 @@ def _row_as_dict(row: Row, plan: Plan) -> dict[str, Any]:
     cache = None if row.estimate is None else added_cache_bytes(plan, row.estimate)
     return {
         "method": row.config.method,
+        "setting": row.setting or None,
         "way": row.way,
         "batches_a_step": row.config.gradient_accumulation_steps,
         **known,

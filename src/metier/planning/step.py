@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -23,6 +23,8 @@ from metier.catalogue.tree import method_of
 from metier.config import RunConfig
 from metier.data.encode import IGNORED
 from metier.errors import UnsupportedModelError
+from metier.memory.collector import at_rest
+from metier.memory.frozen_weight import FrozenWeight
 from metier.methods.added_terms import added_term
 from metier.methods.meft import MeftLayer
 from metier.methods.mixlora import MixLoraLayer
@@ -47,12 +49,33 @@ class Batch:
     """Of a row, padding included."""
     labelled_share: float = 1.0
     """Of the tokens, those that have a loss; the output layer computes no others."""
+    rows: Literal["whole", "padded", "shared"] = "whole"
+    """One record each and all as long; all but one a bit shorter and padded; or all but one shared by records. But for
+    the first, attention gets a mask: each layer keeps it, and keys and values for every head of queries."""
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether attention has more to leave out than what comes later."""
+        return self.rows != "whole" and self.num_rows > 1 and self.num_tokens > 1
 
     def labels_BT(self) -> Tensor:
         labels = torch.full((self.num_rows, self.num_tokens), IGNORED)
         num_labelled = max(1, round(self.labelled_share * self.num_tokens))
         labels[:, self.num_tokens - num_labelled :] = 1
         return labels
+
+    def inputs(self) -> dict[str, Tensor]:
+        """As a collator gives them, (B, T), but for the labels."""
+        ids_BT = torch.ones(self.num_rows, self.num_tokens, dtype=torch.int64)
+        if self.rows == "shared":
+            place_T = torch.arange(self.num_tokens)
+            positions_BT = place_T.repeat(self.num_rows, 1)
+            positions_BT[1:] %= max(1, self.num_tokens // 2)
+            return {"input_ids": ids_BT, "position_ids": positions_BT}
+        mask_BT = torch.ones_like(ids_BT)
+        if self.has_mask:
+            mask_BT[1:, -1] = 0
+        return {"input_ids": ids_BT, "attention_mask": mask_BT}
 
 
 def trace_step(
@@ -80,7 +103,8 @@ def trace_step(
         UnsupportedModelError: the model's step cannot be traced.
     """
     try:
-        return _traced(config, skeleton, batch, chances or {}, seed, is_reserved, granularity)
+        with at_rest():
+            return _traced(config, skeleton, batch, chances or {}, seed, is_reserved, granularity)
     except UnsupportedModelError:
         raise
     except Exception as error:  # a family's own code meets tensors without numbers: whatever it does then
@@ -108,7 +132,7 @@ def _traced(
         if isinstance(model, PeftModel):
             model.enable_input_require_grads()
     fill_ids(model, skeleton)
-    fake = without_numbers(model)
+    fake = without_numbers(model, skeleton.decoded, config.base_format)
     with fake:
         show_entries(model)
     experts = [] if is_dense(model) else moe_layers(model)
@@ -123,13 +147,14 @@ def _traced(
     trl_head.add_fused_lm_head(bare, outputs=("log_probs", "entropy", "is_top1"))
     stores = [store for m in model.modules() if isinstance(m, MeftLayer) for store in m.stores.values()]
     rows = [room for store in stores for room in (store.arrays["rows"], store.gradients) if room is not None]
-    for tensor in (*model.parameters(), *model.buffers(), *rows, *gradient_rooms(model, fake), *originals(model)):
+    parameters = [weight for weight in model.parameters() if not isinstance(weight, FrozenWeight)]
+    for tensor in (*parameters, *model.buffers(), *rows, *gradient_rooms(model, fake), *originals(model)):
         tracer.memory.known(tensor)
     marks = Marks(tracer)
     order = cut_to_some_of_a_kind(model, marks)
     routed = route([layer for layer in experts if layer.index in order], chances, seed)
     labels_BT, hooks = batch.labels_BT(), []
-    inputs = {"input_ids": torch.ones_like(labels_BT), "attention_mask": torch.ones_like(labels_BT)}
+    inputs = batch.inputs()
     if procedure != "own_loss":
         hooks.append(bare.base_model.register_forward_hook(labelled_output(labels_BT[:, 1:] != IGNORED)))
     try:

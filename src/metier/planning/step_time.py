@@ -101,7 +101,11 @@ def moved_bytes(estimate: Estimate, *, has_host: bool, free_bytes: int = 0) -> d
     if config.method == "meft" and config.meft_store != "device":
         # rows and their gradients; a disk also has what the optimizer reads and writes, unless memory has room for it
         fired = _fired_share(estimate)
-        moved[config.meft_store] += round(fired * (state.row_bytes + state.row_gradient_bytes))
+        passing = 1.0
+        if config.meft_store == "host" and has_host:
+            # what is kept on the device is updated there
+            passing -= min(1.0, config.meft_cache_bytes / (state.row_bytes + state.row_state_bytes))
+        moved[config.meft_store] += round(passing * fired * (state.row_bytes + state.row_gradient_bytes))
         if config.meft_store == "disk":
             moved["disk"] += 2 * round(fired * (state.row_bytes + state.row_state_bytes))
     if not has_host:

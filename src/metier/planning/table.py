@@ -33,6 +33,7 @@ _AFTER = (
     "host",
     "disk",
     "delta",
+    "checkpoint",
     "forward",
     "backward",
     "moved",
@@ -69,6 +70,7 @@ def _cells(plan: Plan, row: Row) -> list[str]:
         size(found.host_bytes),
         size(found.disk_bytes),
         size(found.delta_bytes),
+        size(found.checkpoint_bytes),
         *_teraflops(row.config.gradient_accumulation_steps, trace),
         *_time_cells(plan, row),
         *_sent_cells(row),
@@ -172,7 +174,7 @@ def _list(plan: Plan) -> Table:
 
 
 def _is_long(plan: Plan) -> bool:
-    return len({row.config.method for row in plan.rows}) > MOST_COLUMNS
+    return len({(row.config.method, row.setting) for row in plan.rows}) > MOST_COLUMNS
 
 
 def _title(plan: Plan) -> str:
@@ -198,9 +200,9 @@ def _remarks(plan: Plan) -> Iterable[Text]:
         if plan.level:
             named = (f"{row.name} ({size(row.estimate.total_bytes)})" for row in plan.level if row.estimate is not None)
             yield Text(f"Not told apart from the best method there, the least memory first: {', '.join(named)}.")
-        deltas = {row.config.method: row.estimate.delta_bytes for row in plan.rows if row.fits and row.estimate}
-        smallest = min(deltas, key=lambda method: deltas[method])
-        if smallest != best.config.method:
+        deltas = {row.name: row.estimate.delta_bytes for row in plan.rows if row.fits and row.estimate}
+        smallest = min(deltas, key=lambda name: deltas[name])
+        if smallest != best.name:
             yield Text(f"The smallest delta is that of {smallest}: {size(deltas[smallest])}.")
     for row in plan.rows:
         name = row.name
@@ -219,6 +221,13 @@ def _remarks(plan: Plan) -> Iterable[Text]:
     if bottlenecks:
         said = "; ".join(f"{', '.join(methods)}: {part}" for part, methods in bottlenecks.items())
         yield Text(f"What most of a step's time goes to: {said}.")
+    peaks: dict[str, list[str]] = {}
+    for row in plan.rows:
+        if row.estimate is not None and row.estimate.trace is not None:
+            peaks.setdefault(_place_of_peak(row.estimate.trace), []).append(row.name)
+    if peaks:
+        said = "; ".join(f"{', '.join(names)}: {place}" for place, names in peaks.items())
+        yield Text(f"Where the peak is: {said}.")
     for row in plan.rows:
         if row.spread is not None:
             yield Text(f"{row.name}, from one half of the profile to the other: {row.spread}.")
@@ -241,6 +250,15 @@ def _remarks(plan: Plan) -> Iterable[Text]:
         yield Text(_cache_in_words(plan.kv_cache))
         yield from _serving(plan, plan.kv_cache)
     yield from (Text(f"Assumed: {assumption}", style="dim") for assumption in plan.assumptions)
+
+
+def _place_of_peak(trace: StepTrace) -> str:
+    """The part of the step whose temporaries are those of the table."""
+    peak = trace.peak()
+    if peak.layer is None:
+        return "forward"
+    num_layers = len(trace.stands_for)
+    return "the output layer and the loss" if peak.layer == num_layers else f"backward through layer {peak.layer}"
 
 
 def _in_several(plan: Plan) -> Iterable[Text]:
@@ -267,12 +285,13 @@ def _in_several(plan: Plan) -> Iterable[Text]:
 
 def _serving(plan: Plan, cache: KvCache) -> Iterable[Text]:
     """How many sequences and deltas fit beside each other on the device that runs are planned for."""
-    known = {row.config.method: row.estimate for row in plan.rows if row.estimate is not None}
-    whole = {method for method in known if method_of(method).saves_whole_model}
-    deltas = {method: found.delta_bytes for method, found in known.items() if method not in whole}
+    known = {row.name: row.estimate for row in plan.rows if row.estimate is not None}
+    whole = {name for name, found in known.items() if method_of(found.config.method).saves_whole_model}
+    deltas = {name: found.delta_bytes for name, found in known.items() if name not in whole}
     if not known or not cache.token_bytes:
         return
-    weights = next(iter(known.values())).state.base_bytes
+    # full fine-tuning keeps them in another dtype
+    weights = min(found.state.base_bytes for found in known.values())
     memory = max(0, plan.budget.device_bytes - plan.budget.runtime_bytes)
     fitting = cache.num_sequences_that_fit(memory, LONG, weights_bytes=weights)
     said = f"Serving on it, the base takes {size(weights)} and leaves room for {fitting:,} such sequences"

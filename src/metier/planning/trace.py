@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from metier.memory.frozen_weight import FrozenWeight
 from metier.planning.work import Work, work_of
 
 aten = torch.ops.aten
@@ -102,6 +103,10 @@ class Tracer(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)  # a question, nothing that is computed
         inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        if any(isinstance(x, FrozenWeight) for x in inputs):
+            # what it reads back is made here, and what is computed with that counts
+            with self:
+                return FrozenWeight.__torch_dispatch__(func, types, args, kwargs)
         if self.fake is None:
             out = func(*args, **kwargs)
         elif any(isinstance(x, FakeTensor) for x in inputs):
@@ -122,6 +127,9 @@ class Tracer(TorchDispatchMode):
             args = (args[0], _as_places(args[1]), *args[2:])
         assert self.fake is not None, "asked for only where there is one"
         with self.fake:
+            if func is aten.index.Tensor and _are_rows(*args):
+                # as torch's own rule has it, which takes a millisecond for each
+                return args[0].new_empty((*args[1][0].shape, *args[0].shape[1:]))
             if func is aten._grouped_mm.default:
                 return _grouped_mm(*args, **kwargs)
             if func is aten.topk.default:
@@ -142,7 +150,9 @@ class Tracer(TorchDispatchMode):
         packet = func._overloadpacket
         # models decide by one number that is drawn, and by whether a mask, rows by tokens, is all ones
         is_asked = (packet is aten.rand and math.prod(args[0]) == 1) or (packet is aten.ones and len(args[0]) == 2)
-        if packet in _FACTORIES and dtype.is_floating_point and not is_asked:
+        # of a mask, rows by heads by queries by keys, nobody asks for numbers, and it may have billions of them
+        is_mask = any(isinstance(x, Tensor) and x.dim() >= 4 for x in args)
+        if is_mask or (packet in _FACTORIES and dtype.is_floating_point and not is_asked):
             with self.fake:
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
@@ -178,6 +188,13 @@ def _as_places(indices: Any) -> list[Tensor | None]:
         else:
             found.append(index)
     return found
+
+
+def _are_rows(tensor: Tensor, places: list[Tensor | None]) -> bool:
+    """Whether rows are taken by their numbers, which are real."""
+    first = places[0]
+    is_real = isinstance(first, Tensor) and not isinstance(first, FakeTensor)
+    return len(places) == 1 and is_real and tensor.is_contiguous()
 
 
 def _grouped_mm(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from metier.memory.frozen_weight import FrozenWeight
 from metier.memory.step_gradients import step_gradients_of
 from metier.methods.expert_layer import ExpertTunerLayer
 from metier.methods.meft import MeftLayer
@@ -50,10 +52,44 @@ def show_entries(model: nn.Module) -> None:
             module.train()
 
 
-def without_numbers(model: nn.Module) -> FakeTensorMode:
-    """Make every parameter and every floating-point buffer fake, shared ones as shared as they were."""
+class _Decoded:
+    """As a store of frozen weights: what is read is made anew."""
+
+    tier = "device"
+
+    def __init__(self, weight: nn.Parameter, base_format: str | None) -> None:
+        self.name, self.shape, self.dtype = "a frozen weight", tuple(weight.shape), weight.dtype
+        self.is_one_by_one = base_format == "nf4"
+
+    def read(self, first: int, last: int, _: torch.device) -> Tensor:
+        found = torch.empty(last - first, *self.shape[-2:], dtype=self.dtype)
+        if self.is_one_by_one and last - first > 1:
+            torch.empty(*self.shape[-2:], dtype=self.dtype)  # each is copied to its place
+        return found
+
+    def read_some(self, indices: Sequence[int], _: torch.device) -> list[Tensor]:
+        return [torch.empty(*self.shape[-2:], dtype=self.dtype) for _ in indices]
+
+
+def _frozen(weight: nn.Parameter, base_format: str | None) -> nn.Parameter:
+    store: Any = _Decoded(weight, base_format)
+    is_matrix = weight.dim() == 2
+    found = FrozenWeight(store, 0, 1 if is_matrix else weight.shape[0], is_matrix=is_matrix)
+    return nn.Parameter(found, requires_grad=False)
+
+
+def without_numbers(
+    model: nn.Module, decoded: Sequence[nn.Parameter] = (), base_format: str | None = None
+) -> FakeTensorMode:
+    """Make every parameter and every floating-point buffer fake, shared ones as shared as they were.
+
+    Args:
+        model: on the meta device.
+        decoded: frozen weights that are read back from a format of fewer bits whenever they are needed.
+        base_format: which that is.
+    """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    made: dict[int, Any] = {}
+    made: dict[int, Any] = {id(weight): (_frozen(weight, base_format), weight) for weight in decoded}
 
     def faked(tensor: Tensor) -> Tensor:
         converter = fake.fake_tensor_converter

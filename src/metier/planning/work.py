@@ -19,8 +19,9 @@ class Work:
 
     kind: str
     """`product`, `grouped product` (one of a loop over experts, which an accelerator does at once), `attention` or
-    `attention gradient`; or of what computes little: `copy`, `function` (exponentials and
-    their like), `gather` (rows by number), `scatter` (into rows by number) and `choose` (sort, count, find)."""
+    `attention gradient`, both also `masked`: by more than that what comes later is hidden; or of what computes little:
+    `copy`, `function` (exponentials and their like), `gather` (rows by number), `scatter` (into rows by number) and
+    `choose` (sort, count, find)."""
     dtype: torch.dtype
     sizes: tuple[int, ...]
     """Of a product (matrices, rows, inner, columns); of attention (heads and sequences, queries, keys, head_dim), of
@@ -52,7 +53,10 @@ def work_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, 
         sizes = (math.prod(query.shape[:-2]), query.shape[-2], key.shape[-2], query.shape[-1])
         # two products forward; backward one of them again and four for the gradients
         flops = (10 if place else 4) * math.prod(sizes)
-        return Work("attention gradient" if place else "attention", first.dtype, sizes, num_bytes, flops)
+        kind = "attention gradient" if place else "attention"
+        if kwargs.get("attn_mask") is not None:
+            kind = f"masked {kind}"
+        return Work(kind, first.dtype, sizes, num_bytes, flops)
     kind = _KINDS.get(packet, "copy")
     if kind == "gather":  # of what it looks into it sees the rows that it takes
         num_bytes = 2 * sum(map(_bytes, outputs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,18 @@ def check_chart(path: Path) -> None:
     """
     if path.suffix not in (".png", ".html"):
         raise ConfigError(f"chart: got {str(path)!r}, expected a file that ends in .png or .html.")
+    check_output(path, option="chart", example="plan.png")
+
+
+def check_output(path: Path, *, option: str = "output", example: str = "plan.json") -> None:
+    """Raises:
+    ConfigError: no file can be written there.
+    """
+    folder = next(one for one in path.absolute().parents if one.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(
+            f"{option}: got {str(path)!r}, which cannot be written; expected a file's name, such as {example}."
+        )
 
 
 def _parts(plan: Plan, row: Row) -> Parts:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import shutil
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
 import torch
 from transformers import PreTrainedConfig
@@ -34,6 +36,7 @@ from metier.planning.step import Batch
 from metier.planning.step_time import step_time
 from metier.routing.routing_profile import RoutingProfile
 from metier.training.callbacks import peak_memory_bytes, reset_peak_memory
+from metier.training.folder import RunFolder
 
 OVER_PREDICTED = 0.09
 """By so much of what was foreseen a run takes less at most, those of a few hundred megabytes left out:
@@ -94,7 +97,9 @@ class Foresight:
         """
         if not self.force:
             with suppress(NeedsWeightsError):
-                self._check(self._estimates.without_activations(_at_least(self.config)))
+                found = self._estimates.without_activations(_at_least(self.config))
+                self._check(found)
+                self._check_disk(found)
 
     def before_training(
         self,
@@ -152,7 +157,7 @@ class Foresight:
         """Seconds of a mean step and of all that are left; what the machine is not known to take is measured for it."""
         if memory_limit_bytes() - held_bytes() < MEASURING_BYTES:
             return {"not_timed": f"less than {size(MEASURING_BYTES)} of memory are free, which to measure takes."}
-        clock = clock_here(Path(self.config.output_dir))
+        clock = clock_here(self.config)
         if clock is None:
             return {"not_timed": f"the figures of {torch.cuda.get_device_name()} are not known here."}
         peak = peak_memory_bytes()
@@ -193,16 +198,34 @@ class Foresight:
         return f"It fits with {change}." if change is not None else "See what does: metier plan --method all."
 
     def _check(self, estimate: Estimate, *, may_be_wrong: float = 0.0) -> None:
-        lacking = self.budget.lacking_bytes(estimate)
-        if lacking <= may_be_wrong * estimate.total_device_bytes:
+        if self.budget.fits(estimate, may_be_wrong=may_be_wrong):
             return
-        parts = ", ".join(
-            f"{size(num_bytes)} of {kind}" for kind, num_bytes in estimate.device_bytes.items() if num_bytes
-        )
+        lacking = self.budget.lacking_bytes(estimate)
+        needed = {**estimate.device_bytes, "rows and stored weights on the host": estimate.host_bytes}
+        parts = ", ".join(f"{size(num_bytes)} of {kind}" for kind, num_bytes in needed.items() if num_bytes)
         raise RunError(
             f"{self.config.model}: the run needs at least {size(self._needed(estimate))}, {size(lacking)} more than "
             f"there is: {parts}, and {size(self.budget.runtime_bytes)} of the process itself.\n{self._advice()} Or run "
             "it all the same with --force."
+        )
+
+    def _check_disk(self, estimate: Estimate) -> None:
+        """Refuse a run whose delta, one checkpoint and rows alone are more than its disk has room for."""
+        config = self.config
+        stored = estimate.state.stored_bytes if config.base_store == "disk" else 0  # in `base_folder`
+        rows = estimate.disk_bytes - stored
+        checkpoint = 0 if config.save_steps is None else estimate.checkpoint_bytes
+        needed = {"its delta": estimate.delta_bytes, "a checkpoint": checkpoint, "a sparse adapter's rows": rows}
+        place = Path(config.output_dir).absolute()
+        free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.is_dir())).free
+        # what a killed run has left is written over
+        free += sum(file.stat().st_blocks * 512 for file in RunFolder(place).rows.rglob("*") if file.is_file())
+        if sum(needed.values()) <= free:
+            return
+        parts = ", ".join(f"{size(num_bytes)} for {name}" for name, num_bytes in needed.items() if num_bytes)
+        raise RunError(
+            f"output_dir: {config.output_dir} is on a disk with {size(free)} free, expected at least {parts}.\nMake "
+            "room, name a folder on another disk, or run it all the same with --force."
         )
 
 
@@ -244,8 +267,8 @@ def largest_batch(items: Sequence[Item], config: RunConfig) -> Batch:
     labelled = fmean(sum(label != IGNORED for label in item.labels) for item in items)
     if config.padding_free:
         tokens = fmean(len(item.input_ids) for item in items)
-        return Batch(1 + math.ceil((num_rows - 1) * tokens / longest), longest, labelled / tokens)
-    return Batch(num_rows, longest, labelled / longest)
+        return Batch(1 + math.ceil((num_rows - 1) * tokens / longest), longest, labelled / tokens, _rows(items, config))
+    return Batch(num_rows, longest, labelled / longest, _rows(items, config))
 
 
 def mean_batch(items: Sequence[Item], config: RunConfig) -> Batch:
@@ -253,7 +276,14 @@ def mean_batch(items: Sequence[Item], config: RunConfig) -> Batch:
     num_rows = min(config.per_device_train_batch_size, len(items))
     num_tokens = max(1, round(mean_tokens(items, config) / num_rows))
     labelled = fmean(sum(label != IGNORED for label in item.labels) for item in items)
-    return Batch(num_rows, num_tokens, min(1.0, labelled / num_tokens))
+    return Batch(num_rows, num_tokens, min(1.0, labelled / num_tokens), _rows(items, config))
+
+
+def _rows(items: Sequence[Item], config: RunConfig) -> Literal["whole", "padded", "shared"]:
+    """How batches have their rows, unless all records are as long."""
+    if len({len(item.input_ids) for item in items}) == 1:
+        return "whole"
+    return "shared" if config.padding_free else "padded"
 
 
 def mean_tokens(items: Sequence[Item], config: RunConfig) -> float:

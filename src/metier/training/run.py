@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from rich.console import Console
 from torch.utils.serialization import config as serialization
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from metier.catalogue.tree import method_of
 from metier.config import RunConfig
 from metier.data.encode import EncodedSet, Item, encode_records
 from metier.data.message import Record
@@ -22,7 +22,6 @@ from metier.data.records import load_records, mix
 from metier.deltas.save import save_delta
 from metier.distributed.parting import for_ranks, is_sharded
 from metier.distributed.ranks import Ranks, is_restart, join_ranks, largest, on_main, wait_for_all
-from metier.errors import ConfigError
 from metier.memory.allocator import give_memory_back
 from metier.memory.frozen_model import load_frozen
 from metier.memory.scratch_folder import gone_after_error
@@ -32,8 +31,8 @@ from metier.models.encoder_decoder import is_encoder_decoder, refuse_encoder_dec
 from metier.models.load import LoadedModel, ignore_renamed_options, load
 from metier.models.skeleton import model_config
 from metier.planning.fit import changed
+from metier.planning.refused import check_run
 from metier.planning.state import TrainingPlan, training_plan
-from metier.routing.configured import selection_config
 from metier.routing.selection import ExpertSelection
 from metier.training.apart import check_records_stay_apart
 from metier.training.callbacks import (
@@ -43,11 +42,11 @@ from metier.training.callbacks import (
     StepTimes,
 )
 from metier.training.checkpoints import MarkCheckpoints, find_checkpoint, step_of
+from metier.training.cut_short import alone_in, full_disk_told, kept_after_error
 from metier.training.distributed_checkpoints import keep_by_ranks
 from metier.training.folder import RunFolder, open_folder
 from metier.training.foresight import Foresight
 from metier.training.masks import batches_to_look_at, pruned
-from metier.training.procedures.chosen import check_procedure
 from metier.training.processes import (
     check_world,
     describe,
@@ -102,22 +101,26 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
     ranks = join_ranks()
     console = (console or Console()) if ranks.is_main else Console(quiet=True)
     ignore_renamed_options()
-    if selects_experts(config):
-        # what cannot be selected by is refused before anything is loaded
-        selection_config(config)
-    if config.method == "meft":
-        meft_config(config)
-    check_procedure(config)
-    if config.padding_free and method_of(config.method).is_prompt:
-        raise ConfigError(
-            f"padding_free: records that share a row have one beginning, before which {config.method} would put its "
-            "prompt. Set padding_free: false."
-        )
+    check_run(config)
     whole, config = config, for_ranks(config, ranks)
     base = model_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     foresight = Foresight(config, base, force=force, ranks=ranks, is_sharded=is_sharded(config))
     on_main(foresight.before_loading)
     folder, config, checkpoint = on_main(lambda: _opened(whole, config, ranks))
+    with ExitStack() as until_end, full_disk_told(folder):
+        on_main(lambda: until_end.enter_context(alone_in(folder)))
+        return _trained(config, folder, checkpoint, foresight, ranks, console)
+
+
+def _trained(
+    config: RunConfig,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    foresight: Foresight,
+    ranks: Ranks,
+    console: Console,
+) -> RunResult:
+    """A run whose folder is open: from its base to its report."""
     if config.resume_from_checkpoint is not None:
         console.print(f"Resuming from {checkpoint or 'the beginning: there is no complete checkpoint yet'}")
     if ranks.are_several:
@@ -161,7 +164,9 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         if ranks.is_main:
             plan.save(folder.plan, foreseen)
         if config.method == "meft":
-            console.print("\n".join(meft_config(config).sizes.reasons()), highlight=False)
+            names = ("num_key_experts", "num_active_key_experts", "top_k")
+            given = [name for name in names if getattr(config, f"meft_{name}") is not None]
+            console.print("\n".join(meft_config(config).sizes.reasons(given)), highlight=False)
         console.print(plan)
         if isinstance(model, peft.PeftModel):
             console.print(f"Covered: {'; '.join(map(str, coverage(model)))}", highlight=False)
@@ -195,7 +200,7 @@ def train(config: RunConfig, *, console: Console | None = None, force: bool = Fa
         started = time.monotonic()
         # a checkpoint may be larger than memory where rows lie on disk: it is mapped, not read
         mapped = serialization.patch("load.mmap", True)  # type: ignore[attr-defined]
-        with mapped, lost_peers_told(folder):
+        with mapped, lost_peers_told(folder), kept_after_error(trainer, folder):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, peak = time.monotonic() - started, int(largest(foresight.peak_memory_bytes()))
     make_whole(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -21,8 +23,15 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from metier.errors import BaseMismatchError, ConfigError, CorruptDeltaError, DeltaError, UnsupportedModelError
-from metier.memory import RowAdamW
+from metier.errors import (
+    BaseMismatchError,
+    ConfigError,
+    CorruptDeltaError,
+    DeltaError,
+    RowStoreError,
+    UnsupportedModelError,
+)
+from metier.memory import RowAdamW, RowStore
 from metier.methods.meft import MeftConfig, MeftLayer
 from tiny_models import tiny_model
 
@@ -305,3 +314,81 @@ def test_layers_that_compute_the_block_themselves_are_refused():
     )
     with pytest.raises(UnsupportedModelError, match="as OPT's do, nothing can stand beside it"):
         peft.get_peft_model(AutoModelForCausalLM.from_config(config), MeftConfig(r=64))
+
+
+@pytest.mark.parametrize("mode", ["lazy", "exact"])
+def test_a_state_dict_has_the_rows_and_gives_them_back(mode, tmp_path):
+    model = trained(dense_model(), mode=mode)
+    wanted = model(input_ids=tokens()).logits
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    other = peft.get_peft_model(dense_model(), MeftConfig(r=64, num_active_key_experts=4, top_k=8)).eval()
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert sum(name.endswith("meft_rows.default") for name in state) == 2
+    assert other.load_state_dict(state).missing_keys == []
+    assert torch.equal(other(input_ids=tokens()).logits, wanted)
+
+
+def test_rows_of_another_shape_in_a_state_dict_are_refused():
+    state = peft.get_peft_model(dense_model(), MeftConfig(r=32, num_active_key_experts=4, top_k=8)).state_dict()
+    other = peft.get_peft_model(dense_model(), MeftConfig(r=64, num_active_key_experts=4, top_k=8))
+    with pytest.raises(RuntimeError, match=r"got rows of shape \[32, 2, 32\], expected \[64, 2, 32\]"):
+        other.load_state_dict(state)
+
+
+def test_rows_that_a_state_dict_lacks_are_missing():
+    model = trained(dense_model(), steps=1)
+    state = {name: tensor for name, tensor in model.state_dict().items() if "meft_rows" not in name}
+    with pytest.raises(RuntimeError, match=r"meft_rows\.default"):
+        model.load_state_dict(state)
+
+
+def test_a_state_dict_may_take_the_place_of_parameters():
+    model = trained(dense_model(), steps=1)
+    wanted = model(input_ids=tokens()).logits
+    model.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(model(input_ids=tokens()).logits, wanted)
+
+
+def test_torchs_distributed_checkpoints_find_every_entry():
+    model = trained(dense_model(), steps=1)
+    state = get_model_state_dict(model)
+    assert sum(name.endswith("meft_rows.default") for name in state) == 2
+
+
+def test_a_model_with_rows_in_stores_cannot_be_copied_and_says_what_can_be_done():
+    model = trained(dense_model(), steps=1)
+    with pytest.raises(RowStoreError, match="save_pretrained"):
+        copy.deepcopy(model)
+
+
+def test_loading_with_low_cpu_mem_usage_is_refused_by_name(tmp_path):
+    trained(dense_model(), steps=1).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="low_cpu_mem_usage"):
+        peft.PeftModel.from_pretrained(dense_model(), tmp_path, low_cpu_mem_usage=True)
+
+
+def test_layers_that_are_computed_again_have_the_disk_read_what_comes_next(monkeypatch):
+    """On the way back that is the layer before, not the one after."""
+    model = peft.get_peft_model(dense_model(), MeftConfig(r=64, num_active_key_experts=4, top_k=8)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    asked: list[tuple[str, str]] = []
+    plain = RowStore.blocks
+
+    def blocks(store, block_ids, device, *, keep, phase="forward"):
+        asked.append((store.name.split(".")[2], phase))
+        return plain(store, block_ids, device, keep=keep, phase=phase)
+
+    monkeypatch.setattr(RowStore, "blocks", blocks)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    back = [("1", "backward")] * 2 + [("0", "backward")] * 2
+    assert asked == [("0", "forward"), ("1", "forward"), *back]
+
+
+def test_transformers_own_loader_has_the_rows_too(tmp_path):
+    model = trained(dense_model())
+    wanted = model(input_ids=tokens()).logits
+    model.save_pretrained(tmp_path)
+    bare = dense_model()
+    bare.load_adapter(str(tmp_path))
+    torch.testing.assert_close(bare.eval()(input_ids=tokens()).logits, wanted, rtol=0, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -36,14 +37,25 @@ class MeftSizes:
         """Rows among which a token's `top_k` are chosen."""
         return self.num_active_key_experts * self.rows_per_key_expert
 
-    def reasons(self) -> list[str]:
-        """One line a size, for people."""
+    def reasons(self, given: Collection[str] = ()) -> list[str]:
+        """One line a size, for people; `given` are those that do not follow from `r`, but were said."""
         best = math.sqrt(self.num_active_key_experts * self.r)
+        cheapest = f"routing costs least near √({self.num_active_key_experts}·{self.r}) = {best:.0f}"
+        because = {
+            "num_key_experts": f"{cheapest}, and they are to be of one size",
+            "num_active_key_experts": "as in the published code"
+            if self.num_active_key_experts == NUM_ACTIVE_KEY_EXPERTS
+            else "all that there are",
+            "top_k": "as in the paper" if self.top_k == TOP_K else "all that there are",
+        }
+        why = {name: "as configured" if name in given else reason for name, reason in because.items()}
         return [
-            f"num_key_experts {self.num_key_experts}: routing costs least near √({self.num_active_key_experts}·"
-            f"{self.r}) = {best:.0f} Key-Experts, and they are to be of one size, {self.rows_per_key_expert} rows",
-            f"num_active_key_experts {self.num_active_key_experts}: a token chooses among {self.num_candidates} rows",
-            f"top_k {self.top_k}: rows that fire for a token, {self.top_k / self.r:.1%} of all",
+            f"num_key_experts {self.num_key_experts}: {why['num_key_experts']}, {self.rows_per_key_expert} rows",
+            f"num_active_key_experts {self.num_active_key_experts}: {why['num_active_key_experts']}; a token chooses "
+            f"among {self.num_candidates} rows",
+            f"top_k {self.top_k}: {why['top_k']}; rows that fire for a token, {self.top_k / self.r:.1%} of all",
+            f"keys begin as N(0, {KEY_STD}²), as in the published code, values as 0, so that nothing changes yet, and "
+            "a Key-Expert's row of the router as the mean of its keys",
         ]
 
 
@@ -55,12 +67,8 @@ def meft_sizes(
     Raises:
         ConfigError: a size is out of range, `r` cannot be split, or `top_k` is more than there are candidates.
     """
-    for name, value in (
-        ("r", r),
-        ("num_key_experts", num_key_experts),
-        ("num_active_key_experts", num_active_key_experts),
-        ("top_k", top_k),
-    ):
+    sizes = {"num_key_experts": num_key_experts, "num_active_key_experts": num_active_key_experts, "top_k": top_k}
+    for name, value in {"r": r, **sizes}.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}.")
     num_active = num_active_key_experts or min(NUM_ACTIVE_KEY_EXPERTS, num_key_experts or r)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metier.distributed.ranks import ranks_here
+from metier.errors import ConfigError, RowStoreError
 from metier.memory.row_store import RowStore
 from metier.memory.step_gradients import StepGradients
 from metier.methods.block_layer import BlockLayer, block_output, with_output
@@ -18,6 +20,8 @@ from metier.methods.meft.config import MeftConfig
 from metier.methods.meft.defaults import KEY_STD, router_scale
 from metier.methods.meft.sparse_rows import chosen_rows, sparse_rows
 
+ROWS, HOLDER = "meft_rows", "meft_gradients"
+"""Of a layer's entries in a `state_dict`: the rows, and what stands for them in an optimizer and is not read back."""
 CANNOT_MERGE = (
     "a MEFT adapter is a second feed-forward block of its own, which no weights of the base could stand for, so it "
     "cannot be merged. Serve it beside its base."
@@ -40,6 +44,13 @@ class MeftLayer(BlockLayer):
         self.hidden_size, self.num_layers = hidden_size, num_layers
         self.meft_router, self.meft_gradients = nn.ParameterDict(), nn.ParameterDict()
         self.stores: dict[str, RowStore] = {}
+        self.register_state_dict_post_hook(_with_rows)
+        self.register_load_state_dict_pre_hook(_take_rows)
+
+    @property
+    def meft_rows(self) -> _Rows:
+        """Rows by adapter, (r, 2, D): who looks a `state_dict`'s entries up by their names finds and sets them here."""
+        return _Rows(self)
 
     def update_layer(self, adapter_name: str, config: MeftConfig) -> None:
         """Add an adapter whose values are 0, so that it changes nothing yet."""
@@ -67,7 +78,13 @@ class MeftLayer(BlockLayer):
             router_ND[block] = scale * keys_MD.mean(0)
         self.stores[adapter_name], self.configs[adapter_name] = store, config
         self.meft_router[adapter_name] = nn.Parameter(router_ND.to(base_device))
-        self.meft_gradients[adapter_name] = StepGradients(store).holder
+        try:
+            self.meft_gradients[adapter_name] = StepGradients(store).holder
+        except TypeError as error:  # under PEFT's low_cpu_mem_usage, which makes all parameters anew
+            raise ConfigError(
+                f"{self.path}: low_cpu_mem_usage cannot make the parameter that stands for rows in a store. Load the "
+                "adapter without it: rows are read a layer at a time anyway."
+            ) from error
         self.set_gradients()
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -99,3 +116,57 @@ class MeftLayer(BlockLayer):
         gradients = self.meft_gradients[adapter_name].step_gradients
         out_TD = sparse_rows(hidden_TD, key_experts_TK, gate, gradients, top_k=sizes.top_k, chosen_NM=chosen_NM)
         return out_TD if config.scaling == 1 else out_TD * config.scaling
+
+
+class _Rows(nn.Module):
+    """As a module whose parameters are the rows of a layer's adapters."""
+
+    _layer: MeftLayer
+
+    def __init__(self, layer: MeftLayer) -> None:
+        super().__init__()
+        object.__setattr__(self, "_layer", layer)
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in self._layer.stores:
+            raise AttributeError(f"{self._layer.path}: there are no rows of an adapter {name!r}.")
+        return self._layer.stores[name].saved()
+
+    def __setattr__(self, name: str, value: Tensor) -> None:  # type: ignore[override]
+        self._layer.stores[name].load(value)
+
+
+def _with_rows(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """After a model's `state_dict`: with the rows, (r, 2, D), in a process that trains alone."""
+    assert isinstance(layer, MeftLayer), "a hook of that layer"
+    if ranks_here().are_several:
+        return  # accelerate takes every entry for a parameter that it may shard; checkpoints have the rows anyway
+    for name, store in layer.stores.items():
+        state[f"{prefix}{ROWS}.{name}"] = store.saved()
+
+
+def _take_rows(
+    layer: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    _: Any,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Before a model's `load_state_dict`: rows go into their stores; rows that are missing or do not fit are told of as
+    parameters would be."""
+    assert isinstance(layer, MeftLayer), "a hook of that layer"
+    for name, store in layer.stores.items():
+        rows_RWD = state.pop(f"{prefix}{ROWS}.{name}", None)
+        if rows_RWD is None:
+            missing.append(f"{prefix}{ROWS}.{name}")
+        else:
+            try:
+                store.load(rows_RWD)
+            except RowStoreError as error:
+                errors.append(str(error))
+            # of the former rows
+            layer.meft_gradients[name].step_gradients.clear()
+        state[f"{prefix}{HOLDER}.{name}"] = layer.meft_gradients[name]

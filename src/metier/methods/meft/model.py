@@ -55,7 +55,7 @@ class MeftModel(ModuleTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """What PEFT loads: the rows go into their stores here, and the routers are left to it."""
+        """What PEFT loads: routers, and rows, which the layers put into their stores."""
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from metier.memory.disk_policy import Phase
+from metier.memory.frozen_store import is_in_backward
 from metier.memory.row_store import RowStore
 from metier.memory.step_gradients import StepGradients
 from metier.methods.grouped import add_grouped_outer, grouped_matmul
@@ -138,7 +139,8 @@ class _SparseRows(torch.autograd.Function):
         gradients.begin()
         with torch.autocast(device.type, enabled=False):
             used = _Used(hidden_TD, key_experts_TK, store, keep=keep)
-            blocks = used.blocks(device)
+            # with gradient checkpointing a layer runs again when the layers before it are what comes next
+            blocks = used.blocks(device, "backward" if is_in_backward() else "forward")
             order = used.order
             gate_TK = None if gate_TK is None else gate_TK.to(hidden_TD.dtype)
             products_TKM = _products(used, blocks, hidden_TD)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from metier.errors import CorruptDeltaError
-from metier.methods.meft.layer import MeftLayer
+from metier.methods.meft.layer import HOLDER, ROWS, MeftLayer
 
-ROWS, ROUTER, _HOLDER = "meft_rows", "meft_router", "meft_gradients"
+ROUTER = "meft_router"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -21,7 +21,7 @@ def with_rows(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> 
         adapter_name: whose parameters `state` holds.
         state: by the model's own names, such as `….mlp.meft_router.default`.
     """
-    kept = {name: tensor for name, tensor in state.items() if f".{_HOLDER}." not in name}
+    kept = {name: tensor for name, tensor in state.items() if f".{HOLDER}." not in name}
     return kept | {
         f"{path}.{ROWS}.{adapter_name}": layer.stores[adapter_name].saved()
         for path, layer in _layers(model, adapter_name)
@@ -29,7 +29,7 @@ def with_rows(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> 
 
 
 def load_rows(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put the rows of a file into their stores, once all of the file was found to fit; what is left is PEFT's to load.
+    """The state that PEFT loads, once all of a file was found to fit; the layers put its rows into their stores then.
 
     Args:
         model: with the adapter on it.
@@ -54,11 +54,9 @@ def load_rows(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> 
     for path, layer in layers.items():
         tensor = rows[path]
         assert tensor is not None, "checked above"
-        layer.stores[adapter_name].load(tensor)
-        # gradients of the former rows are none of these; and PEFT would warn of a parameter that no file holds
-        holder = layer.meft_gradients[adapter_name]
-        holder.step_gradients.clear()
-        left[f"{path}.{_HOLDER}.{adapter_name}"] = holder.detach()
+        left[f"{path}.{ROWS}.{adapter_name}"] = tensor
+        # PEFT would warn of a parameter that no file holds
+        left[f"{path}.{HOLDER}.{adapter_name}"] = layer.meft_gradients[adapter_name].detach()
     return left
 
 

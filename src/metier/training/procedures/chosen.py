@@ -85,23 +85,6 @@ def procedure_of(config: RunConfig, model: nn.Module) -> Procedure:
     raise AssertionError(f"{method.name}: no procedure is called {method.optimizer!r}")
 
 
-_LEAST: dict[str, float] = {
-    "mezo_directions": 1, "lisa_layers": 1, "lisa_interval": 1, "rank": 1, "update_proj_gap": 1, "mask_records": 1,
-}  # fmt: skip
-_POSITIVE = ("mezo_epsilon", "scale", "loraplus_lr_ratio")
-
-
-def check_procedure(config: RunConfig) -> None:
-    """Raise a ConfigError for options of a procedure that are out of range, before anything is loaded."""
-    for name, value in config.procedure_options.items():
-        if name in _LEAST and value < _LEAST[name]:
-            raise ConfigError(f"{name}: must be at least {_LEAST[name]:g}, got {value}.")
-        if name in _POSITIVE and not value > 0:
-            raise ConfigError(f"{name}: must be greater than 0, got {value}.")
-        if name == "density" and not 0 < value <= 1:
-            raise ConfigError(f"density: must be in (0, 1], got {value}.")
-
-
 def use_own_loss(trainer: Trainer) -> None:
     """Train on the loss that the model computes from its labels."""
 
