@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from metier.planning.from_config import run_skeleton
 from metier.planning.routes import Chances, assumed_chances, chances_of
 from metier.planning.segments import Peak, StepTrace
 from metier.planning.state import TrainingPlan, saved_bytes
-from metier.planning.step import Batch, trace_step
+from metier.planning.step import Batch, trace_step, uneven_rows
 from metier.planning.units import Unit, units_of
 from metier.routing.routing_profile import RoutingProfile
 from metier.routing.selection import ExpertSelection
@@ -249,9 +249,7 @@ class Estimator:
         return None if isinstance(found, str) else found.flops("forward")
 
     def _full_batch(self, config: RunConfig) -> Batch:
-        rows: Literal["whole", "padded", "shared"] = "whole"
-        if self.is_padded:
-            rows = "shared" if config.padding_free else "padded"
+        rows = uneven_rows(config) if self.is_padded else "whole"
         return Batch(config.per_device_train_batch_size, config.max_length, self.labelled_share, rows)
 
     def without_activations(self, config: RunConfig) -> Estimate:

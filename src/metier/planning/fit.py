@@ -28,10 +28,7 @@ class Budget:
 
     def lacking_bytes(self, estimate: Estimate) -> int:
         """By how much a run is too large; 0 where it fits."""
-        device = estimate.total_device_bytes + self.runtime_bytes
-        if self.host_bytes is None:
-            return max(0, estimate.total_bytes + self.runtime_bytes - self.device_bytes)
-        return max(0, device - self.device_bytes) + max(0, estimate.host_bytes - self.host_bytes)
+        return sum(max(0, lacking) for _, lacking in self._taken_and_lacking(estimate))
 
     def free_bytes(self, estimate: Estimate) -> int:
         """That a run leaves of the memory beside which its disk is."""
@@ -42,12 +39,15 @@ class Budget:
 
     def fits(self, estimate: Estimate, *, may_be_wrong: float = 0.0) -> bool:
         """Whether a run does, if by so much of it too much may be foreseen."""
+        return all(lacking <= may_be_wrong * taken for taken, lacking in self._taken_and_lacking(estimate))
+
+    def _taken_and_lacking(self, estimate: Estimate) -> list[tuple[int, int]]:
+        """Of each memory what a run takes, and by how much that is too large, which is below 0 where it fits."""
         device, host = estimate.total_device_bytes, estimate.host_bytes
         if self.host_bytes is None:
-            device, host = device + host, 0
-        lacking_device = device + self.runtime_bytes - self.device_bytes
-        lacking_host = 0 if self.host_bytes is None else host - self.host_bytes
-        return lacking_device <= may_be_wrong * device and lacking_host <= may_be_wrong * host
+            taken = device + host
+            return [(taken, taken + self.runtime_bytes - self.device_bytes)]
+        return [(device, device + self.runtime_bytes - self.device_bytes), (host, host - self.host_bytes)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,13 @@ from metier.planning.segments import StepTrace
 from metier.planning.trace import Tracer
 from metier.planning.without_numbers import fill_ids, gradient_rooms, originals, show_entries, without_numbers
 
+Rows = Literal["whole", "padded", "shared"]
+
+
+def uneven_rows(config: RunConfig) -> Rows:
+    """How a run lays records into rows that are not all as long."""
+    return "shared" if config.padding_free else "padded"
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -49,7 +56,7 @@ class Batch:
     """Of a row, padding included."""
     labelled_share: float = 1.0
     """Of the tokens, those that have a loss; the output layer computes no others."""
-    rows: Literal["whole", "padded", "shared"] = "whole"
+    rows: Rows = "whole"
     """One record each and all as long; all but one a bit shorter and padded; or all but one shared by records. But for
     the first, attention gets a mask: each layer keeps it, and keys and values for every head of queries."""
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
 
 import torch
 from transformers import PreTrainedConfig
@@ -32,7 +31,7 @@ from metier.planning.length import num_steps
 from metier.planning.machine import fingerprint
 from metier.planning.sharding import RankEstimator
 from metier.planning.spelling import size
-from metier.planning.step import Batch
+from metier.planning.step import Batch, Rows, uneven_rows
 from metier.planning.step_time import step_time
 from metier.routing.routing_profile import RoutingProfile
 from metier.training.callbacks import peak_memory_bytes, reset_peak_memory
@@ -279,11 +278,11 @@ def mean_batch(items: Sequence[Item], config: RunConfig) -> Batch:
     return Batch(num_rows, num_tokens, min(1.0, labelled / num_tokens), _rows(items, config))
 
 
-def _rows(items: Sequence[Item], config: RunConfig) -> Literal["whole", "padded", "shared"]:
+def _rows(items: Sequence[Item], config: RunConfig) -> Rows:
     """How batches have their rows, unless all records are as long."""
     if len({len(item.input_ids) for item in items}) == 1:
         return "whole"
-    return "shared" if config.padding_free else "padded"
+    return uneven_rows(config)
 
 
 def mean_tokens(items: Sequence[Item], config: RunConfig) -> float:
