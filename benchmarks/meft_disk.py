@@ -3,13 +3,14 @@
     python benchmarks/meft_disk.py [--folder FOLDER]     about ten minutes on two cores, as root on Linux, 16 GB of disk
 
 Ten layers of LLaMA-7B's width (4096), 6,144 rows each, 512 tokens, float32, the adapter alone: its rows and AdamW's two
-moments take 6.1 GB, the step's gradients up to 2 GB more. The side on disk runs in a memory control group of 2.5 GB
+moments take 6.0 GB, the step's gradients up to 2 GB more. The side on disk runs in a memory control group of 2.5 GB
 that has no swap: what it holds, files included, cannot be more. The side in memory has the machine's.
 
 Two kinds of input. *Alike*: tokens that share most of what they are, so that a step uses some Key-Experts only and what
 it needs fits into the memory. *Independent*: tokens that use all, so that the disk is read and written all the time.
 The disk's own bandwidth is measured beside it, past the system's cache, reading and writing one file each and both at
-once. Writes results/meft_disk.md.
+once. Both sides run with MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ (glibc keeps its memory) and
+OMP_WAIT_POLICY=passive. Writes results/meft_disk.md.
 """
 
 from __future__ import annotations

@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from metier.evaluation.final_number import gsm8k
+
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TASKS = ("squad", "nq", "tool", "gsm8k")
 NUM_TRAIN = {"squad": 1500, "nq": 400, "tool": 400, "gsm8k": 200}
 NUM_VALIDATION = 100
-NUM_TEST = {"squad": 500, "nq": 500, "tool": 1000, "gsm8k": 200}
+NUM_TEST = {"squad": 500, "nq": 500, "tool": 1000, "gsm8k": 100}
 MAX_NEW_TOKENS = {"squad": 24, "nq": 24, "tool": 64, "gsm8k": 224}
 SYSTEM = {
     "squad": "Answer with a short phrase.",
@@ -137,11 +139,15 @@ def exact_match(reply: str, golds: Sequence[str]) -> float:
 def contains(reply: str, golds: Sequence[str]) -> float:
     """Whether the words of an answer stand in the reply one behind another."""
     words = f" {normalised(reply)} "
-    return float(any(f" {normalised(gold)} " in words for gold in golds))
+    return float(any(f" {answer} " in words for gold in golds if (answer := normalised(gold))))
 
 
 def call_iou(reply: str, golds: Sequence[str]) -> float:
-    """Intersection over union of the first three arguments: repository, model, whether it is pretrained."""
+    """Intersection over union of the first three arguments: repository, model, whether it is pretrained.
+
+    Those of the reply's first call of `torch.hub.load`, up to the bracket that closes it; names of arguments, quotes
+    and white space do not count. A reply that is cut inside the call has the arguments that it wrote.
+    """
     said, wanted = _arguments(reply), _arguments(golds[0])
     return len(said & wanted) / len(said | wanted) if said | wanted else 0.0
 
@@ -150,22 +156,26 @@ def same_call(reply: str, golds: Sequence[str]) -> float:
     return float(call_iou(reply, golds) == 1.0)
 
 
-def _arguments(call: str) -> frozenset[str]:
-    found = re.search(r"torch\.hub\.load\((.*)\)", call, re.DOTALL)
-    if found is None:
+def _arguments(text: str) -> frozenset[str]:
+    _, call, rest = text.partition("torch.hub.load(")
+    if not call:
         return frozenset()
-    pieces = [piece.strip() for piece in found.group(1).split(",")[:3]]
-    return frozenset(re.sub(r"^(repo_or_dir|model)\s*=\s*", "", piece).strip("'\"") for piece in pieces)
+    depth, pieces = 0, [""]
+    for letter in rest:
+        if letter == ")" and not depth:
+            break
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    named = (re.sub(r"^(repo_or_dir|model|pretrained)\s*=\s*", "", piece.strip()) for piece in pieces[:3])
+    return frozenset(piece.strip("'\"") for piece in named if piece)
 
 
 def same_number(reply: str, golds: Sequence[str]) -> float:
-    """Whether the number after 'The answer is:', or the last one of the reply where that is missing, is the answer."""
-    _, _, last = reply.rpartition("The answer is:")
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", last)
-    if not numbers:
-        return 0.0
-    number = numbers[0] if "The answer is:" in reply else numbers[-1]
-    return float(abs(float(number.replace(",", "")) - float(golds[0])) <= 1e-6)
+    """Whether the reply ends in the answer, as the metric `gsm8k` reads it."""
+    return gsm8k([reply], golds).items[0] / 100
 
 
 Score = Callable[[str, Sequence[str]], float]

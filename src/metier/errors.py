@@ -12,6 +12,7 @@ MetierError
 │   ├── BaseMismatchError       the delta was trained on another base
 │   └── VerificationError       a delta broke one of the promises that `metier verify` checks
 ├── RowStoreError          rows of an adapter cannot be kept, read or trained where they live
+│   └── NotFiniteError     a step's gradients are not finite, so nothing was updated
 ├── ServingError           a server cannot start, or answer a request
 │   ├── UnknownDeltaError       no delta of that name is served
 │   ├── RequestError            a request asks for what cannot be done (also a ValueError)
@@ -68,6 +69,10 @@ class VerificationError(DeltaError):
 
 class RowStoreError(MetierError):
     """Rows of an adapter cannot be kept, read or trained: a full disk, a missing file, a gradient that is no number."""
+
+
+class NotFiniteError(RowStoreError):
+    """Gradients of a step are not finite; nothing was updated by it, and what was trained before is good."""
 
 
 class ServingError(MetierError):

@@ -118,17 +118,25 @@ def test_new_rows_are_seen_at_once():
     assert all(block.eq(7).all() for block in gradients.store.blocks(list(range(N)), CPU, keep=True))
 
 
-def test_a_resumed_run_with_hot_blocks_goes_on_to_the_same_numbers(tmp_path):
-    options = {"is_remote": True, "cache_bytes": 2 * M * (ROW_BYTES + STATE_BYTES)}
+@pytest.mark.parametrize("mode", ["lazy", "exact"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+def test_a_resumed_run_with_hot_blocks_goes_on_to_the_same_numbers(tmp_path, mode, dtype, state_dtype):
+    options = {"is_remote": True, "cache_bytes": 2 * M * (ROW_BYTES + STATE_BYTES), "dtype": dtype}
+    kept = {"mode": mode, "state_dtype": state_dtype}
     whole = store_of(**options)
-    optimizer = trained(whole, STEPS[:4], mode="exact")
+    optimizer = trained(whole, STEPS[:4], **kept)
+    hot = dict(whole.store.on_device.slots)
     saved = whole.store.saved().clone()
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     again = store_of(**options)
-    trained(again, STEPS[:1], mode="exact")  # something else is hot there
+    trained(again, [[3], [4, 5]], **kept)  # something else is hot there
+    assert again.store.on_device.slots != hot
     again.store.load(saved)
-    resumed = RowAdamW([again.holder], lr=1e-2, weight_decay=0.1, mode="exact")
+    resumed = RowAdamW([again.holder], lr=1e-2, weight_decay=0.1, **kept)
     resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    again.store.blocks([0], CPU, keep=False)
+    assert again.store.on_device.slots == hot
     for each, gradients in ((optimizer, whole), (resumed, again)):
         for number, blocks in enumerate(STEPS[4:]):
             backward(gradients, blocks, number)

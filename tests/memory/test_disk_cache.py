@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import gc
 import mmap
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from metier.memory import RowAdamW, RowStore, row_store
+from metier.distributed.ranks import Ranks
+from metier.errors import RowStoreError
+from metier.memory import RowAdamW, RowStore, mapped_file, row_store
 from metier.memory.disk_cache import BATCH_BYTES, CachedFile, DiskCache
 from metier.memory.mapped_file import create_mapped
 from metier.memory.meter import Meter
@@ -191,3 +196,30 @@ def test_room_is_what_the_process_has_not_taken_otherwise(monkeypatch):
     assert DiskCache().room_bytes() == int(0.85 * (10 << 30)) - (2 << 30)
     monkeypatch.setattr("metier.memory.disk_cache.held_bytes", lambda: 20 << 30)
     assert DiskCache().room_bytes() == BATCH_BYTES
+
+
+def test_what_the_disk_could_not_take_is_told(cache, file, monkeypatch):
+    rows = file("rows", "rows")
+
+    def refuse(*_: object) -> int:
+        ctypes.set_errno(errno.EIO)
+        return -1
+
+    monkeypatch.setattr(mapped_file, "libc", SimpleNamespace(sync_file_range=refuse))
+
+    def write() -> None:
+        for piece in range(PIECES):
+            begin(cache, rows)
+            cache.written(rows, [piece])
+            settle(cache)
+
+    with pytest.raises(RowStoreError, match=r"rows: the disk could not take 32,768 bytes .*Input/output error"):
+        write()
+
+
+def test_processes_on_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr("metier.memory.disk_cache.memory_limit_bytes", lambda: 1 << 40)
+    monkeypatch.setattr("metier.memory.disk_cache.held_bytes", lambda: 0)
+    alone = DiskCache().room_bytes()
+    monkeypatch.setattr("metier.memory.disk_cache.ranks_here", lambda: Ranks(1, 8, local_size=4))
+    assert DiskCache().room_bytes() == pytest.approx(alone / 4, abs=1)

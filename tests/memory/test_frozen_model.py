@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import metier
@@ -61,6 +62,36 @@ def _losses(model: nn.Module, num_steps: int = 3) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def test_a_weight_of_another_shape_than_the_models_is_told_by_name(tmp_path):
+    base = _saved("llama", tmp_path / "base")
+    tensors, name = load_file(base / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"base: model\.layers\.1\.mlp\.up_proj\.weight has shape .* in the checkpoint"
+    ):
+        load_frozen(base)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_transformers_keeps_in_float32_stays_a_parameter_in_it(dtype, tmp_path, monkeypatch):
+    base = _saved("llama", tmp_path / "base")
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["self_attn.o_proj"])
+    plain, stored = metier.load(base, dtype=dtype).model, load_frozen(base, dtype=dtype).model
+    for model in (plain, stored):
+        weight = model.model.layers[0].self_attn.o_proj.weight
+        assert weight.dtype == torch.float32
+        assert not isinstance(weight, FrozenWeight)
+    assert isinstance(stored.model.layers[0].self_attn.q_proj.weight, FrozenWeight)
+
+
+def test_what_wants_an_array_of_a_weight_in_a_store_gets_a_copy(tmp_path):
+    base = _saved("llama", tmp_path / "base")
+    weight = load_frozen(base).model.model.layers[0].mlp.up_proj.weight
+    weight.detach().numpy()[:] = 0
+    assert torch.equal(weight.detach().numbers(), metier.load(base).model.model.layers[0].mlp.up_proj.weight)
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -405,7 +436,7 @@ with torch.no_grad():
 
 
 def test_a_folder_in_memory_is_warned_of(tmp_path, monkeypatch):
-    monkeypatch.setattr("metier.memory.frozen_model.is_in_memory", lambda folder: True)
+    monkeypatch.setattr("metier.memory.scratch_folder.is_in_memory", lambda folder: True)
     base = _saved("llama", tmp_path / "base")
     with pytest.warns(UserWarning, match=r"is kept in memory.* Name a folder on a disk: base_folder"):
         load_frozen(base, store="disk", folder=tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from metier.memory import RowStore, row_store
 from metier.memory.disk_cache import DiskCache
 from metier.memory.mapped_file import create_mapped, open_mapped
 from metier.memory.meter import of_a_step
+from metier.memory.row_store import link
 
 CPU = torch.device("cpu")
 
@@ -87,6 +89,52 @@ def test_reading_ahead_is_harmless_on_every_tier(tmp_path):
         store.rows_NMWD.fill_(3)
         store.wanted([0, 3])
         assert store.rows_NMWD.eq(3).all()
+
+
+def test_a_folder_that_is_kept_in_memory_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.setattr("metier.memory.scratch_folder.is_in_memory", lambda folder: folder == tmp_path / "default")
+    with pytest.warns(UserWarning, match=r"is kept in memory.* Name a folder on a disk: store_folder"):
+        RowStore(4, 3, 5, tier="disk", folder=tmp_path / "default")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RowStore(4, 3, 5, tier="host", folder=tmp_path / "default")
+        RowStore(4, 3, 5, tier="disk", folder=tmp_path / "other")
+
+
+def test_rows_on_disk_are_not_pickled(tmp_path):
+    store = RowStore(4, 3, 5, tier="disk", folder=tmp_path, name="layer 0")
+    with pytest.raises(
+        RowStoreError, match=r"layer 0: rows on disk cannot be pickled .*\nSave the adapter by save_pre"
+    ):
+        torch.save(store, tmp_path / "copy")
+    plain = RowStore(4, 3, 5, tier="host")
+    plain.rows_NMWD.fill_(3)
+    torch.save(plain, tmp_path / "copy")
+    assert torch.load(tmp_path / "copy", weights_only=False).rows_NMWD.eq(3).all()
+
+
+def test_the_next_layers_rows_are_read_while_one_is_used(tmp_path, monkeypatch):
+    cache = DiskCache(most_bytes=1 << 30)
+    monkeypatch.setattr(row_store, "disk_cache", lambda: cache)
+    stores = [RowStore(4, 8, 512, tier="disk", folder=tmp_path, name=f"layer {i}") for i in range(3)]
+    link(stores)
+    for store in stores:
+        store.last_used = [1, 2]
+
+    def in_memory() -> list[list[int]]:
+        found = [sorted(store._files["rows"].last_call) for store in stores]
+        for store in stores:
+            cache.forget(store._files["rows"], 4)
+        return found
+
+    stores[0].blocks([3], CPU, keep=True)
+    assert in_memory() == [[3], [1, 2], []]
+    stores[1].blocks([0, 2], CPU, keep=True)
+    assert in_memory() == [[], [0, 2], [1, 2]]
+    stores[2].blocks([1], CPU, keep=True, phase="backward")
+    assert in_memory() == [[], [0, 2], [1]]
+    stores[1].blocks([2], CPU, keep=True, phase="backward")
+    assert in_memory() == [[3], [2], []]
 
 
 def test_saving_has_owed_updates_done_first():

@@ -55,6 +55,25 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_uses_is_not
         processes[1].wait()
 
 
+@pytest.mark.skipif(module.fcntl is None, reason="of Unix alone")
+def test_a_folder_that_another_process_takes_for_an_abandoned_one_is_made_again(tmp_path, monkeypatch):
+    taken: list[str] = []
+    take = module._take
+
+    def late(lock, **options):
+        if not taken:  # the other process comes after the folder was made and before it is held
+            taken.append(lock.name)
+            module._remove_abandoned(tmp_path)
+        return take(lock, **options)
+
+    monkeypatch.setattr(module, "_take", late)
+    with scratch_folder(tmp_path, option="base_folder") as folder:
+        assert not Path(taken[0]).exists()
+        assert (folder / ".in-use").exists()
+        (folder / "weights").write_bytes(b"0")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_somebody_elses_folders_stay(tmp_path):
     (tmp_path / "metier-weights-notes").mkdir()
     with scratch_folder(tmp_path, option="base_folder"):

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,18 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from metier.config import RunConfig
-from metier.errors import ConfigError, RowStoreError, RunError
+from metier.errors import ConfigError, NotFiniteError, RowStoreError, RunError
 from metier.memory import RowAdamW
 from metier.methods.meft import MeftConfig
 from metier.training.run import train
@@ -107,9 +116,50 @@ def test_the_tiers_give_the_same_bits(configure: Configure, console: Console) ->
 
 
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_loaded(configure: Configure, console: Console) -> None:
-    with pytest.raises(ConfigError, match="97 cannot be split"):
+    with pytest.raises(ConfigError, match=r"^method meft: meft_r=97 cannot .*\nTake meft_r=84, or give meft_num_key_e"):
         train(configure(method="meft", meft_r=97), console=console)
     assert console.file.getvalue() == ""
+
+
+def test_what_the_disk_has_lost_is_not_kept_as_a_checkpoint(
+    configure: Configure, console: Console, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update that ended halfway is no state of any step."""
+    dense_base(base)
+
+    def lost(*_: object) -> None:
+        raise RowStoreError("rows: the disk could not take 10 bytes of rows, which are lost.")
+
+    class Fail(TrainerCallback):
+        def on_step_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
+            if state.global_step == 2:
+                monkeypatch.setattr("metier.memory.row_adamw.update_rows", lost)
+
+    monkeypatch.setattr("metier.training.run.CountRows", lambda *_: Fail())
+    config = configure(**MEFT, meft_store="disk", max_steps=4)
+    with pytest.raises(RowStoreError, match="which are lost"):
+        train(config, console=console)
+    assert list(Path(config.output_dir).rglob("complete")) == []
+
+
+def test_a_resumed_runs_rows_are_read_into_host_memory(
+    configure: Configure, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(configure(**MEFT, max_steps=4, save_steps=2), console=console)
+    read: list[object] = []
+    plain = peft.peft_model.load_peft_weights
+
+    def recorded(model_id: str, device: str | None = None, **options: object) -> dict[str, torch.Tensor]:
+        read.append(device)
+        return plain(model_id, device="cpu", **options)
+
+    monkeypatch.setattr(peft.peft_model, "load_peft_weights", recorded)
+    monkeypatch.setattr(peft.peft_model, "infer_device", lambda: "cuda")
+    folder = Path(configure().output_dir)
+    shutil.rmtree(folder / "adapter")
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
+    train(configure(**MEFT, max_steps=4, save_steps=2, resume_from_checkpoint="last"), console=console)
+    assert read == ["cpu"]
 
 
 def trainer_of(model: peft.PeftModel, folder: Path, **options: object) -> Trainer:
@@ -243,7 +293,7 @@ def test_a_gradient_that_is_no_number_is_told_of_where_steps_before_cannot_be_ke
 
     def infinite(optimizer: RowAdamW) -> None:
         if len(optimizer.state) > 0:
-            raise RowStoreError("rows: not finite")
+            raise NotFiniteError("rows: not finite")
 
     monkeypatch.setattr(RowAdamW, "_check_finite", infinite)
     monkeypatch.setattr(Trainer, "_save_checkpoint", no_room)

@@ -11,16 +11,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from metier.memory.hot_policy import HotPolicy
-from metier.memory.staging_ring import StagingRing
+from metier.memory.staging_ring import staging_ring
 
 if TYPE_CHECKING:
     from metier.memory.row_store import RowStore
+
+
+@dataclass(frozen=True, slots=True)
+class HotBlocks:
+    """Which blocks are kept, in which slots, and why: a run's state, for it decides where they are updated."""
+
+    slots: dict[int, int]
+    uses: dict[int, float]
 
 
 class DeviceRows:
@@ -39,7 +48,7 @@ class DeviceRows:
         self._policy = HotPolicy(0)
         self._arrays: dict[str, Tensor] = {}
         self._fetched: dict[int, Tensor] = {}
-        self._ring = StagingRing(device)
+        self._ring = staging_ring(device)
         # what a bank of rows has, for `RowState` and `RowChunks`
         self.rows_per_block, self.hidden_size, self.dtype = store.rows_per_block, store.hidden_size, store.dtype
 
@@ -84,6 +93,20 @@ class DeviceRows:
             free = [slot for slot in range(self._policy.capacity) if slot not in set(self.slots.values())]
             for block, slot in zip(taken, free, strict=False):
                 self.slots[block] = slot
+                self._copy(block, slot, to_device=True)
+
+    def hot(self) -> HotBlocks:
+        """What another one takes on to go on as this one would."""
+        return HotBlocks(dict(self.slots), self._policy.uses)
+
+    @torch.no_grad()
+    def take_on(self, hot: HotBlocks) -> None:
+        """Keep those blocks in those slots, as far as there are as many; what they hold is the store's."""
+        if self.cache_bytes:
+            self._match_arrays()
+            self._policy = HotPolicy(self._policy.capacity, hot.uses)
+            self.slots = {block: slot for block, slot in hot.slots.items() if slot < self._policy.capacity}
+            for block, slot in self.slots.items():
                 self._copy(block, slot, to_device=True)
 
     @torch.no_grad()

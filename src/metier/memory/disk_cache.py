@@ -20,6 +20,7 @@ from weakref import WeakSet
 
 from torch import Tensor
 
+from metier.distributed.ranks import ranks_here
 from metier.memory.disk_policy import Kind, Phase, next_use, place
 from metier.memory.mapped_file import MappedFile
 from metier.memory.memory_limit import held_bytes, memory_limit_bytes
@@ -143,6 +144,16 @@ class DiskCache:
             file.changed.update(pieces)
             self._make_room()
 
+    def wait_until_written(self) -> None:
+        """Until the disk has taken what it was given.
+
+        Raises:
+            RowStoreError: it could not, and something is lost.
+        """
+        with self.lock:
+            while self._on_their_way:
+                self._on_their_way.popleft()[0].result()
+
     def done_with(self, file: CachedFile) -> None:
         """Nobody is using what is in memory of a file any more: it need not stay until others have been asked for."""
         with self.lock:
@@ -163,7 +174,7 @@ class DiskCache:
         """What pieces in memory may take."""
         if self.most_bytes is not None:
             return self.most_bytes
-        return max(BATCH_BYTES, int(SHARE * self._limit) - held_bytes())
+        return max(BATCH_BYTES, int(SHARE * self._limit / ranks_here().local_size) - held_bytes())
 
     def _mark(self, file: CachedFile, pieces: Sequence[int], call: int) -> None:
         self._files.add(file)
@@ -197,7 +208,10 @@ class DiskCache:
         if dirty:
             num_bytes = sum(file.piece_bytes for file, _ in dirty)
             self._on_their_way.append((self._writer.submit(_write_and_drop, dirty), num_bytes))
-        while sum(size for _, size in self._on_their_way) > MOST_ON_ITS_WAY_BYTES:
+        # of what is done it is asked too: whether the disk took it
+        while self._on_their_way and (
+            self._on_their_way[0][0].done() or sum(size for _, size in self._on_their_way) > MOST_ON_ITS_WAY_BYTES
+        ):
             self._on_their_way.popleft()[0].result()
 
     def _count(self) -> None:

@@ -6,7 +6,6 @@ computes when a product needs them, forward and backward, and go again.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from metier.errors import ConfigError
 from metier.memory.frozen_store import FrozenLayer, FrozenOrder, FrozenStore, where_stored
 from metier.memory.frozen_weight import FrozenWeight, frozen
 from metier.memory.row_store import TIERS
-from metier.memory.scratch_folder import is_in_memory, scratch_folder
+from metier.memory.scratch_folder import scratch_folder, warn_if_in_memory
 from metier.memory.weight_formats import FORMATS, weight_format
 from metier.models.load import LoadedModel, load
 from metier.models.weight_by_weight import is_large_weight, large_modules
@@ -59,12 +58,8 @@ def load_frozen(
     """
     _check(store, weight_format)
     with scratch_folder(folder, option="base_folder") as files:
-        if store == "disk" and is_in_memory(files):
-            warnings.warn(
-                f"{files.parent} is kept in memory, so weights in it take as much of that as they would without a "
-                "store. Name a folder on a disk: base_folder.",
-                stacklevel=2,
-            )
+        if store == "disk":
+            warn_if_in_memory(files, "base_folder")
         place = _Stores(store, weight_format, files)
         return load(
             model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code, place=place

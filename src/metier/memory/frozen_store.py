@@ -75,7 +75,9 @@ class FrozenStore:
             if self.format.num_bytes >= mmap.PAGESIZE:
                 self._file = CachedFile(mapped, "weights", layer, self.meter, rows_per_piece=1)
         else:
-            self._bytes_EB = torch.empty(sizes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            # on the way to the device they pass once
+            is_sent_often = tier == "host" and torch.cuda.is_available()
+            self._bytes_EB = torch.empty(sizes, dtype=torch.uint8, pin_memory=is_sent_often)
 
     @property
     def num_bytes(self) -> int:

@@ -152,6 +152,10 @@ class FrozenWeight(Tensor):
     def share_memory_(self) -> NoReturn:
         self.untyped_storage()
 
+    def numpy(self, *, force: bool = False) -> Any:
+        """A copy; a weight in a store cannot be written."""
+        return self.numbers().clone().numpy(force=force)
+
     def __dlpack__(self, **options: Any) -> Any:
         return self.numbers().clone().__dlpack__(**options)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 DECAY = 0.9
 """What a use counts for after each further step."""
@@ -15,11 +16,17 @@ class HotPolicy:
 
     Args:
         capacity: blocks that may be kept.
+        uses: `uses` of the policy that this one goes on for.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, uses: Mapping[int, float] = MappingProxyType({})) -> None:
         self.capacity = capacity
-        self._uses: dict[int, float] = {}
+        self._uses = dict(uses)
+
+    @property
+    def uses(self) -> dict[int, float]:
+        """What the uses of each block so far count for."""
+        return dict(self._uses)
 
     def used(self, block_ids: Iterable[int]) -> None:
         """A step used these blocks, each once; all earlier uses count for less."""

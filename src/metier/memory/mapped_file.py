@@ -8,6 +8,7 @@ ahead, written behind, and taken out of memory (`disk_cache.py` decides when, an
 from __future__ import annotations
 
 import ctypes
+import errno
 import math
 import mmap
 import os
@@ -30,6 +31,8 @@ _PAGE = mmap.PAGESIZE
 # Linux; elsewhere parts are neither written behind nor given up, and the system does as it likes
 _WRITE, _WAIT = 2, 1 | 2 | 4
 _ZERO_RANGE = 0x10
+_LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+_ZEROS = bytes(1 << 20)
 
 
 @dataclass(slots=True, weakref_slot=True)
@@ -49,10 +52,20 @@ class MappedFile:
         populate(part, to_write=to_write)
 
     def write_behind(self, part: Tensor, *, wait: bool = False) -> None:
-        """Have the system write a contiguous part to the disk now; `wait` until it has, and its pages can be reused."""
+        """Have the system write a contiguous part to the disk now; `wait` until it has, and its pages can be reused.
+
+        Raises:
+            RowStoreError: the disk could not take it, and who waited was told.
+        """
         if libc is not None and hasattr(libc, "sync_file_range"):
             first, length = self._range(part)
-            libc.sync_file_range(self.fd, ctypes.c_int64(first), ctypes.c_int64(length), _WAIT if wait else _WRITE)
+            what = ctypes.c_int64(first), ctypes.c_int64(length), _WAIT if wait else _WRITE
+            if libc.sync_file_range(self.fd, *what) and ctypes.get_errno() in _LOST:
+                raise RowStoreError(
+                    f"{self.path}: the disk could not take {length:,} bytes of rows "
+                    f"({os.strerror(ctypes.get_errno())}), which are lost.\n"
+                    "Look after the disk, and resume from the last checkpoint."
+                )
 
     def unmap(self, part: Tensor) -> None:
         """Take a contiguous part out of the process, though not yet out of memory; who touches it maps it again."""
@@ -97,7 +110,11 @@ def create_mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Map
         path.unlink(missing_ok=True)
         with path.open("wb") as file:
             # a hole would fail later, as a signal in the middle of a step
-            os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))
+            else:
+                for first in range(0, max(1, num_bytes), len(_ZEROS)):
+                    file.write(_ZEROS[: max(1, num_bytes) - first])
     except OSError as error:
         path.unlink(missing_ok=True)
         raise RowStoreError(
@@ -115,12 +132,14 @@ def open_mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Mappe
     """
     expected = max(1, math.prod(shape) * dtype.itemsize)
     if not path.is_file():
-        raise RowStoreError(f"{path}: there is no such file; it held rows of an adapter. Begin the run again.")
+        raise RowStoreError(
+            f"{path}: there is no such file; it held numbers of a store. Resume from the last checkpoint."
+        )
     got = path.stat().st_size
     if got != expected:
         raise RowStoreError(
             f"{path}: holds {got:,} bytes, expected {expected:,} for {str(dtype).removeprefix('torch.')} "
-            f"{list(shape)}.\nIt is another store's or was cut off; remove its folder and begin again."
+            f"{list(shape)}.\nIt is another store's or was cut off; remove it and resume from the last checkpoint."
         )
     flat = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
     mapped = MappedFile(path, flat.view(shape), os.open(path, os.O_RDWR))

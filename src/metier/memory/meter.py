@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import add
 
 
 @dataclass(slots=True)
@@ -40,6 +41,12 @@ class Meter:
         for block, count in zip(block_ids, num_tokens, strict=True):
             self.tokens_by_block[block] += count
 
+    def add(self, other: Meter) -> None:
+        """Count what another of the same store has counted, too."""
+        for name in _COUNTERS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.tokens_by_block = list(map(add, self.tokens_by_block, other.tokens_by_block))
+
     def take(self) -> Meter:
         """What was counted; counting begins again."""
         taken = Meter(self.num_blocks, self.block_bytes)
@@ -48,6 +55,9 @@ class Meter:
             setattr(taken, name, value)
             setattr(self, name, fresh)
         return taken
+
+
+_COUNTERS = tuple(one.name for one in fields(Meter) if one.name not in ("num_blocks", "block_bytes", "tokens_by_block"))
 
 
 def of_a_step(meters: Sequence[Meter], num_steps: int) -> dict[str, float]:

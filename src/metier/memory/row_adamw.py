@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from metier.errors import ConfigError, RowStoreError
+from metier.errors import ConfigError, NotFiniteError, RowStoreError
+from metier.memory.device_rows import HotBlocks
 from metier.memory.row_state import STATE_DTYPES, RowBank, add_state
 from metier.memory.row_update import RowChunks, StepHistory, StepSettings, catch_up, update_rows
 from metier.memory.step_gradients import StepGradients, is_finite, step_gradients_of
@@ -81,7 +82,8 @@ class RowAdamW(Optimizer):
         """Take a step.
 
         Raises:
-            RowStoreError: a gradient is not finite; nothing was updated, and the step can be left out by `zero_grad`.
+            NotFiniteError: a gradient is not finite; nothing was updated, and the step can be left out by `zero_grad`.
+            RowStoreError: the disk could not take rows; some were updated, and some are lost.
         """
         loss = None
         if closure is not None:
@@ -135,7 +137,7 @@ class RowAdamW(Optimizer):
         """As of any optimizer; of rows no gradients are left either way, or those that rest would be moved by zeros."""
         super().zero_grad(set_to_none)
         for _, gradients in self._row_parameters():
-            if gradients.holder.grad is not None:
+            if gradients.block_ids:
                 gradients.clear()
 
     def _row_parameters(self) -> list[tuple[int, StepGradients]]:
@@ -151,15 +153,19 @@ class RowAdamW(Optimizer):
         return self._rows[id(gradients)]
 
     def _check_finite(self) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
+        for group_number, group in enumerate(self.param_groups):
+            for number, parameter in enumerate(group["params"]):
                 gradients = step_gradients_of(parameter)
                 if parameter.grad is None:
                     continue
                 if is_finite(parameter.grad) if gradients is None else gradients.are_finite():
                     continue
-                where = f"a parameter of shape {list(parameter.shape)}" if gradients is None else gradients.store.name
-                raise RowStoreError(
+                where = (
+                    f"parameter {number} of group {group_number}, of shape {list(parameter.shape)}"
+                    if gradients is None
+                    else gradients.store.name
+                )
+                raise NotFiniteError(
                     f"{where}: got a gradient with values that are not finite; nothing was updated.\n"
                     "What was trained before is good. Lower the learning rate, clip gradients, or compute in a wider "
                     "dtype."
@@ -262,7 +268,10 @@ class _TrainedRows:
             self.store.wanted(owed, self.store.arrays, to_write=True)
             self.store.wait_for(self.store.arrays)
             for bank, _, places in self._where(group):
-                catch_up(self._chunks_of(bank), self._row_ids(places, bank), self.history, self._seed())
+                seed = self.seed + self.num_updates + 1
+                # where nothing was owed the next seed is as it was: to look at rows changes no later number
+                row_ids = self._row_ids(places, bank)
+                self.num_updates += catch_up(self._chunks_of(bank), row_ids, self.history, seed)
             self.store.changed(owed)
 
     def _owed(self, block_ids: Sequence[int]) -> list[int]:
@@ -283,6 +292,7 @@ class _TrainedRows:
             "history": torch.tensor(settings, dtype=torch.float64).reshape(-1, 5),
             "num_updates": torch.tensor(self.num_updates),
             "is_exact": torch.tensor(self.mode == "exact"),
+            **_packed(self.store.hot()),
         }
 
     def check(self, state: dict[str, Any]) -> None:
@@ -315,6 +325,7 @@ class _TrainedRows:
             self.store.changed([block], names)
         self.history = StepHistory(StepSettings(*row) for row in state["history"].tolist())
         self.num_updates = int(state["num_updates"])
+        self.store.hot_to_be = _unpacked(state)
 
     def _where(self, block_ids: Sequence[int]) -> Iterator[tuple[RowBank, list[int], list[int]]]:
         """Banks that the blocks are in; for each which of `block_ids` those are, and their places in the bank."""
@@ -339,6 +350,22 @@ class _TrainedRows:
     def _seed(self) -> int:
         self.num_updates += 1
         return self.seed + self.num_updates
+
+
+def _packed(hot: HotBlocks | None) -> dict[str, Tensor]:
+    """For a state: hot blocks with their slots, (blocks, 2), and all blocks' uses, (blocks, 2)."""
+    if hot is None:
+        return {}
+    return {
+        "hot": torch.tensor(list(hot.slots.items()), dtype=torch.int64).reshape(-1, 2),
+        "uses": torch.tensor(list(hot.uses.items()), dtype=torch.float64).reshape(-1, 2),
+    }
+
+
+def _unpacked(state: dict[str, Any]) -> HotBlocks | None:
+    if "hot" not in state:
+        return None
+    return HotBlocks(dict(state["hot"].tolist()), {int(block): uses for block, uses in state["uses"].tolist()})
 
 
 def _settings_of(group: dict[str, Any]) -> StepSettings:

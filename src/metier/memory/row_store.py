@@ -17,17 +17,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from metier.errors import ConfigError, RowStoreError
-from metier.memory.device_rows import DeviceRows
+from metier.memory.device_rows import DeviceRows, HotBlocks
 from metier.memory.disk_cache import CachedFile, disk_cache
 from metier.memory.disk_policy import Kind, Phase
 from metier.memory.mapped_file import create_mapped
 from metier.memory.meter import Meter
+from metier.memory.scratch_folder import warn_if_in_memory
 
 Tier = Literal["device", "host", "disk"]
 TIERS: tuple[str, ...] = get_args(Tier)
@@ -73,16 +74,22 @@ class RowStore:
         self.num_blocks, self.rows_per_block, self.hidden_size = num_blocks, rows_per_block, hidden_size
         self.cache_bytes, self.is_remote = cache_bytes, is_remote
         self.meter = Meter(num_blocks, rows_per_block * 2 * hidden_size * dtype.itemsize)
+        self.num_changes = 0
+        """How often an optimizer or a load has changed rows: a backward pass belongs to those of its forward one."""
         self._asked: set[int] = set()
         """Blocks that the step has asked for, where they may have to be moved for it."""
         self.copied: set[int] = set()
         """Those that were copied to a device for the step."""
         self.on_device: DeviceRows | None = None
         """What of the store is on the device that computes, where that cannot address the store."""
+        self.hot_to_be: HotBlocks | None = None
+        """Blocks that a resumed run had on its device, which will have them once it is known."""
         self.before_use: Callable[[Sequence[int] | None], None] | None = None
         """Called with the blocks that are about to be read (None: all), by an optimizer that owes them updates."""
         self._temporary = tempfile.TemporaryDirectory(prefix="metier-") if tier == "disk" and folder is None else None
         self._folder = Path(self._temporary.name) if self._temporary else Path(folder or ".")
+        if tier == "disk" and torch.device(device).type == "cpu":
+            warn_if_in_memory(self._folder, "store_folder, or a run's output_dir")
         self.arrays: dict[str, Tensor] = {}
         """The rows, and what an optimizer keeps beside them; the first axis of each counts rows."""
         self._files: dict[str, CachedFile] = {}
@@ -159,6 +166,14 @@ class RowStore:
             "adapter by save_pretrained, and load it again on another model."
         )
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.tier == "disk":
+            raise RowStoreError(
+                f"{self.name}: rows on disk cannot be pickled with their model (torch.save); nothing was.\nSave the "
+                "adapter by save_pretrained, or the model's state_dict."
+            )
+        return super().__reduce_ex__(protocol)
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def settle(self, block_ids: Sequence[int] | None) -> None:
@@ -192,13 +207,22 @@ class RowStore:
             # the same as last time
             next_store.wanted(next_store.last_used)
         self.last_used = block_ids
+        if self.device != device or self.is_remote:
+            self._meet(device)
         self.settle(block_ids)
         if self.device == device and not self.is_remote:
             return [self.home_rows(block) for block in block_ids]
+        assert self.on_device is not None, "met above"
+        return self.on_device.blocks(block_ids, keep=keep)
+
+    def _meet(self, device: torch.device) -> None:
+        """Have a place on a device that cannot address the store."""
         if self.on_device is None or self.on_device.device != device:
             self.write_back()
             self.on_device = DeviceRows(self, device, self.cache_bytes)
-        return self.on_device.blocks(block_ids, keep=keep)
+        if self.hot_to_be is not None:
+            self.on_device.take_on(self.hot_to_be)
+            self.hot_to_be = None
 
     @property
     def _read(self) -> set[int]:
@@ -212,11 +236,18 @@ class RowStore:
 
     def end_step(self, block_ids: Sequence[int]) -> None:
         """An optimizer has updated rows of these blocks."""
+        self.num_changes += 1
         self.meter.num_asked += len(self._asked)
         self.meter.num_moved += len(self._asked & (self.copied | self._read))
         self.begin_step()
         if self.on_device is not None:
             self.on_device.end_step(block_ids)
+
+    def hot(self) -> HotBlocks | None:
+        """Blocks that a device keeps, or will keep when it is asked for some; None where there was none yet."""
+        if self.hot_to_be is not None or self.on_device is None:
+            return self.hot_to_be
+        return self.on_device.hot()
 
     def write_back(self) -> None:
         """Bring the arrays up to date with blocks that are kept on a device."""
@@ -226,7 +257,7 @@ class RowStore:
     def leave_device(self) -> None:
         """Keep nothing on a device any more: what is kept beside the rows is about to be another."""
         self.write_back()
-        self.on_device = None
+        self.on_device = self.hot_to_be = None
 
     def forget_copies(self) -> None:
         """The arrays were written from outside; what is on a device is no copy of them any more."""
@@ -280,8 +311,10 @@ class RowStore:
         expected = (self.num_rows, 2, self.hidden_size)
         if tuple(rows_RWD.shape) != expected:
             raise RowStoreError(
-                f"{self.name}: got rows of shape {list(rows_RWD.shape)}, expected {list(expected)}; nothing was loaded."
+                f"{self.name}: got rows of shape {list(rows_RWD.shape)}, expected {list(expected)}; those that are "
+                "here stay.\nThe rows are of another adapter: load them into one of their configuration."
             )
+        self.num_changes += 1
         # else what the former rows are owed would be added to these; moments and counts of hot ones stay
         self.settle(None)
         self.write_back()
@@ -292,9 +325,15 @@ class RowStore:
         self.forget_copies()
 
     def saved(self) -> Tensor:
-        """All rows as (N * M, 2, D), every update done that the optimizer owes; a view where they are on the host."""
+        """All rows as (N * M, 2, D), every update done that the optimizer owes; a view where they are on the host.
+
+        Raises:
+            RowStoreError: the disk could not take some, which are lost.
+        """
         self.settle(None)
         self.write_back()
+        if self.tier == "disk":
+            disk_cache().wait_until_written()
         self.expect(in_order=True)
         return self.arrays["rows"].detach()
 

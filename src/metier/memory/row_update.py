@@ -213,8 +213,9 @@ def _update_in_place(
 
 
 @torch.no_grad()
-def catch_up(chunks: RowChunks, row_ids: Tensor, history: StepHistory, seed: int) -> None:
-    """Take the steps that those rows have missed, so that they are where dense AdamW would have them now.
+def catch_up(chunks: RowChunks, row_ids: Tensor, history: StepHistory, seed: int) -> bool:
+    """Take the steps that those rows have missed, so that they are where dense AdamW would have them now; whether there
+    were any.
 
     Args:
         chunks: of the store.
@@ -225,7 +226,7 @@ def catch_up(chunks: RowChunks, row_ids: Tensor, history: StepHistory, seed: int
     steps_R, generator = chunks.state.steps_R, torch.Generator(chunks.bank.device).manual_seed(seed)
     row_ids = row_ids[steps_R[row_ids] < len(history)]
     if not len(row_ids):
-        return
+        return False
     has_moved_S = torch.cat([chunks.state.has_moved(part) for part in row_ids.split(chunks.num_rows)])
     still, moving = row_ids[~has_moved_S], row_ids[has_moved_S]
     for ids, _, steps in _sorted_chunks(still, still, steps_R, chunks.num_rows):
@@ -246,6 +247,7 @@ def catch_up(chunks: RowChunks, row_ids: Tensor, history: StepHistory, seed: int
         _only_decay(rows_SC, first_SC, second_SC, [seen + most_missed for seen in steps], history)
         chunks.write(ids, generator)
     steps_R[row_ids] = len(history)
+    return True
 
 
 def _only_decay(

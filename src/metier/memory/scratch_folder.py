@@ -6,8 +6,10 @@ locks back however a process ends.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,15 +41,14 @@ def scratch_folder(parent: str | Path | None, *, option: str) -> Iterator[Path]:
         inside = Path(tempfile.gettempdir() if parent is None else parent).expanduser()
         inside.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(inside)
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=inside))
+        folder, lock = _made(inside)
     except (OSError, RuntimeError) as error:  # RuntimeError: no such user's home
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
             f"{option}: {parent} cannot be written ({reason}), expected a folder for files.\nName another one."
         ) from error
     try:
-        with (folder / _LOCK).open("w") as lock:
-            _take(lock)
+        with lock:
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -56,8 +57,14 @@ def scratch_folder(parent: str | Path | None, *, option: str) -> Iterator[Path]:
 @contextmanager
 def held(file: Path) -> Iterator[bool]:
     """Hold a lock on a file that goes after it; whether nobody else has it. A process that ends gives it back."""
-    with file.open("a") as lock:
+    while True:
+        lock = file.open("a")
         is_free = _take(lock, if_unknown=True)
+        # who had it may have removed the file since it was opened, and others would lock another one
+        if not is_free or _is_named(lock, file):
+            break
+        lock.close()
+    with lock:
         try:
             yield is_free
         finally:
@@ -91,6 +98,27 @@ def is_in_memory(folder: Path) -> bool:
     return kind in ("tmpfs", "ramfs")
 
 
+def warn_if_in_memory(folder: Path, option: str) -> None:
+    """Of a store on disk in such a folder; `option` is what names another one."""
+    if is_in_memory(folder):
+        warnings.warn(
+            f"{folder.parent} is kept in memory, so what is in it takes as much of that as it would without a store on "
+            f"disk. Name a folder on a disk: {option}.",
+            stacklevel=3,
+        )
+
+
+def _made(inside: Path) -> tuple[Path, IO[str]]:
+    """A folder and its lock, which is held."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=inside))
+        lock = (folder / _LOCK).open("w")
+        # another process may have come between, and taken it for an abandoned one
+        if _take(lock, if_unknown=True) and _is_named(lock, folder / _LOCK):
+            return folder, lock
+        lock.close()
+
+
 def _remove_abandoned(parent: Path) -> None:
     if fcntl is None:
         return
@@ -101,6 +129,13 @@ def _remove_abandoned(parent: Path) -> None:
                     shutil.rmtree(folder, ignore_errors=True)
         except OSError:  # somebody else's, or gone already
             continue
+
+
+def _is_named(lock: IO[str], file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _take(lock: IO[str], *, if_unknown: bool = False) -> bool:

@@ -7,6 +7,7 @@ way, the next is filled. Where there is no CUDA, a piece is copied and that is a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -57,3 +58,9 @@ class StagingRing:
         if self._buffers[number].nbytes < num_bytes:
             self._buffers[number] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
         return self._buffers[number], number
+
+
+@cache
+def staging_ring(device: torch.device) -> StagingRing:
+    """The one of that device: layers are sent in turn, and pinned memory is scarce."""
+    return StagingRing(device)

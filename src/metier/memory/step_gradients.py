@@ -53,6 +53,11 @@ class StepGradients:
         """Blocks that are worked on before others."""
 
     @property
+    def is_wanted(self) -> bool:
+        """Whether a pass now is one of a step, which will ask for its rows again."""
+        return torch.is_grad_enabled() and self.holder.requires_grad
+
+    @property
     def fired_GM(self) -> Tensor:
         """Which rows had a part in some token's output, bool: the others have a gradient of zero."""
         return self._fired[: len(self.block_ids)]
@@ -62,6 +67,7 @@ class StepGradients:
         """Where the gradients of these blocks are to be added: for each (M, 2, D), its rows' flags (M,), and whether it
         is new to the step: then the place holds nothing yet and is to be written over."""
         self.begin()
+        self._take_back()
         self._apply_scale()
         self._found_finite = None
         new = [block for block in dict.fromkeys(block_ids) if block not in self._slot]
@@ -159,6 +165,13 @@ class StepGradients:
             self.store.changed(range(group.start, group.stop), ("gradients",))
         self.scale = 1.0
 
+    def _take_back(self) -> None:
+        """Somebody may have put another tensor in the gradient's place: what is added has to be added to that."""
+        grad = self.holder.grad
+        if grad is not None and grad.data_ptr() != self._buffer.data_ptr():
+            self._buffer[: len(grad)] = grad
+            self.holder.grad = self._buffer[: len(grad)]
+
     @torch.no_grad()
     def average_over_ranks(self) -> None:
         """The mean over the processes of a run, each of which has a replica of the store; all of them must call this.
@@ -196,6 +209,7 @@ class StepGradients:
             self.block_ids[slot], self.block_ids[other] = block, moved
             self._slot[block], self._slot[moved] = slot, other
 
+    @torch.inference_mode(False)
     def clear(self) -> None:
         """Forget the step: its gradients were used, or are not wanted."""
         self.store.forget_gradients(len(self.block_ids))

@@ -147,11 +147,15 @@ class Nf4Blocks:
     def decode(self, bytes_NB: Tensor) -> Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
+        # bitsandbytes' AVX-512 kernel gives rows whose length is no multiple of a block the scales of other rows
+        num_numbers = self.shape[0] * self.shape[1]
+        by_blocks = (1, num_numbers) if num_numbers % _NF4_BLOCK else (num_numbers // _NF4_BLOCK, _NF4_BLOCK)
+
         def decoded(bytes_B: Tensor) -> Tensor:
             scales = bytes_B[: 4 * self._num_blocks].view(torch.float32)
             codes = bytes_B[self._first_code :][: self._num_codes].view(-1, 1)
-            state = QuantState(scales, self.shape, blocksize=_NF4_BLOCK, quant_type="nf4", dtype=self.dtype)
-            found: Tensor = dequantize_4bit(codes, state)
+            state = QuantState(scales, by_blocks, blocksize=_NF4_BLOCK, quant_type="nf4", dtype=self.dtype)
+            found: Tensor = dequantize_4bit(codes, state).view(self.shape)
             return found
 
         if len(bytes_NB) == 1:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_ALIGNMENT = 16
+"""Bytes."""
 CPU_MOST_ROWS = 512
 """Rows of one product on a CPU in 16 bits. oneDNN makes and keeps a kernel for every shape, so there should be few."""
 
@@ -36,7 +38,7 @@ def grouped_matmul(
             filled = [group for group, (first, end) in enumerate(pairwise(bounds)) if end > first] or [0]
             bounds = [bounds[0], *(bounds[group + 1] for group in filled)]
             weight_GIO = torch.stack([weight_GIO[group] for group in filled])
-        product_PO = F.grouped_mm(rows_PI, weight_GIO, offs=_offsets(bounds, rows_PI.device))
+        product_PO = _on_device(rows_PI, weight_GIO, offs=_offsets(bounds, rows_PI.device))
         return product_PO if out_PO is None else out_PO.copy_(product_PO)
     if out_PO is None:
         out_PO = rows_PI.new_empty(rows_PI.shape[0], weight_GIO[0].shape[1])
@@ -54,7 +56,7 @@ def grouped_outer(left_PO: Tensor, right_PI: Tensor, bounds: Sequence[int], out_
     An empty group's place is left as it is, and is to hold zeros.
     """
     if left_PO.is_cuda:
-        out_GOI.copy_(F.grouped_mm(left_PO.t(), right_PI, offs=_offsets(bounds, left_PO.device)))
+        out_GOI.copy_(_on_device(left_PO.t(), right_PI, offs=_offsets(bounds, left_PO.device)))
         return
     groups, sizes = _filled(bounds)
     places = out_GOI.unbind()
@@ -70,7 +72,7 @@ def add_grouped_outer(
     Every group has rows.
     """
     if left_PO.is_cuda:
-        products_GOI = F.grouped_mm(left_PO.t(), right_PI, offs=_offsets(bounds, left_PO.device))
+        products_GOI = _on_device(left_PO.t(), right_PI, offs=_offsets(bounds, left_PO.device))
         for place, product_OI, new in zip(places_OI, products_GOI, is_new, strict=True):
             place.copy_(product_OI) if new else place.add_(product_OI)
         return
@@ -98,6 +100,23 @@ def grouped_repeat(values_GO: Tensor, bounds: Sequence[int]) -> Tensor:
     """Every group's vector once a row, (P, O): a bias spread over its rows."""
     counts = torch.tensor([last - first for first, last in pairwise(bounds)], device=values_GO.device)
     return values_GO.repeat_interleave(counts, dim=0)
+
+
+def _on_device(left: Tensor, right: Tensor, *, offs: Tensor) -> Tensor:
+    return F.grouped_mm(_aligned(left), _aligned(right), offs=offs)
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """The matrix, or each of a stack, in memory whose rows (or columns, of a transposed one) begin at multiples of 16
+    bytes, as torch's grouped kernels want it; the matrix itself where they do."""
+    is_transposed = matrix.stride(-2) == 1 and matrix.shape[-2] > 1
+    rows = matrix.mT if is_transposed else matrix
+    multiple = _ALIGNMENT // matrix.itemsize
+    if rows.stride(-1) == 1 and rows.stride(-2) % multiple == 0 and matrix.data_ptr() % _ALIGNMENT == 0:
+        return matrix
+    width = rows.shape[-1]
+    padded = rows.new_empty(*rows.shape[:-1], -(-width // multiple) * multiple)[..., :width].copy_(rows)
+    return padded.mT if is_transposed else padded
 
 
 def _filled(bounds: Sequence[int], most_rows: int | None = None) -> tuple[list[int], list[int]]:

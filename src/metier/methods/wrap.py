@@ -14,6 +14,7 @@ from metier.methods.esft import EsftConfig
 from metier.methods.expert_lora import ExpertLoraConfig
 from metier.methods.from_catalogue import put_on
 from metier.methods.meft import MeftConfig
+from metier.methods.meft.defaults import meft_sizes
 from metier.methods.sparse_delta.masks.gradients import Batch
 from metier.routing.selection import ExpertSelection
 
@@ -68,11 +69,19 @@ def meft_config(config: RunConfig) -> MeftConfig:
     Raises:
         ConfigError: its sizes do not fit together.
     """
-    return MeftConfig(
-        r=config.meft_r,
+    sizes = meft_sizes(
+        config.meft_r,
         num_key_experts=config.meft_num_key_experts,
         num_active_key_experts=config.meft_num_active_key_experts,
         top_k=config.meft_top_k,
+        where="method meft",
+        prefix="meft_",
+    )
+    return MeftConfig(
+        r=sizes.r,
+        num_key_experts=sizes.num_key_experts,
+        num_active_key_experts=sizes.num_active_key_experts,
+        top_k=sizes.top_k,
         gate=config.meft_gate,
         semantics=config.meft_semantics,
         scaling=config.meft_scaling,

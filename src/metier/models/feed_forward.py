@@ -9,7 +9,7 @@ from metier.models.encoder_decoder import refuse_encoder_decoder
 from metier.models.spellings import LAYER_INDEX, OTHER_MODALITY
 from metier.models.unwrap import bare_model, base_path
 
-NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe", "feedforward", "mlp_block")
+NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe", "feedforward", "mlp_block", "shared_mlp")
 """Children of a decoder layer, in this order where a layer has two of them."""
 
 

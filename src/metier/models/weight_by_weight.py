@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -23,12 +24,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from metier.errors import RowStoreError, UnsupportedModelError
+from metier.errors import ModelError, RowStoreError, UnsupportedModelError
 from metier.models.contract import contract_flags
 from metier.models.foreign import can_follow_contract
-from metier.models.spellings import LAYER_INDEX, OTHER_MODALITY, ROUTER_NAMES
+from metier.models.spellings import LAYER_INDEX, OTHER_MODALITY, ROUTER_NAMES, SHARED_GATE_NAMES
 
 _ON_DISK = "disk"
+_ROUTERS = frozenset((*ROUTER_NAMES, *SHARED_GATE_NAMES))
+_IN_FLOAT32 = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+"""Where a transformers model has patterns of such parameters' names."""
 
 
 class WeightPlace(Protocol):
@@ -51,14 +55,20 @@ class WeightPlace(Protocol):
 
 
 def large_modules(model: nn.Module) -> dict[str, int]:
-    """Paths of the linear layers and stacks of experts inside numbered layers, routers aside; and the layers' numbers.
+    """Paths of the linear layers and stacks of experts inside numbered layers, routers and all that is in them aside;
+    and the layers' numbers.
 
-    Embeddings and the output layer are not among them, nor is what a text never passes through.
+    Embeddings and the output layer are not among them, nor is what a text never passes through, nor what transformers
+    keeps in float32 whatever the model's dtype.
     """
     found = {}
+    patterns = chain.from_iterable(getattr(model, name, None) or () for name in _IN_FLOAT32)
+    in_float32 = [pattern.replace("*", ".*") for pattern in patterns]
     for path, module in model.named_modules():
         numbers = LAYER_INDEX.findall(path)
-        if not numbers or OTHER_MODALITY.search(path) or path.rpartition(".")[2] in ROUTER_NAMES:
+        if not numbers or OTHER_MODALITY.search(path) or _ROUTERS.intersection(path.split(".")):
+            continue
+        if any(re.search(pattern, f"{path}.weight") for pattern in in_float32):
             continue
         if isinstance(module, nn.Linear | Conv1D) or contract_flags(module) is not None:
             found[path] = int(numbers[-1])
@@ -79,6 +89,7 @@ def from_pretrained_by_weight(
         UnsupportedModelError: the model's experts are made anew after they are loaded, and so pass through memory; or
             it has no large weights.
         RowStoreError: the disk has no room for weights that have to be converted.
+        ModelError: a weight of the checkpoint has another shape than the model's.
     """
     with torch.device("meta"):
         skeleton = network_class.from_config(config, **_code_options(network_class, config, options))
@@ -107,7 +118,7 @@ def from_pretrained_by_weight(
         if info["missing_keys"]:  # the caller says which
             return network, info
         for path, layer in modules.items():
-            _move(network.get_submodule(path), path, layer, place)
+            _move(network.get_submodule(path), path, layer, place, target)
     for module in network.modules():
         remove_hook_from_module(module)
         # a module that holds its own method would stay in memory until cycles are collected
@@ -162,17 +173,21 @@ def _device_map(module: nn.Module, path: str, on_disk: Collection[str]) -> Itera
             yield from _device_map(child, f"{start}{name}", on_disk)
 
 
-def _move(module: nn.Module, path: str, layer: int, place: WeightPlace) -> None:
+def _move(module: nn.Module, path: str, layer: int, place: WeightPlace, target: str) -> None:
     """The weights of one module go to their place; its biases, and what modules it holds have, stay in memory."""
     for inner_path, inner in module.named_modules():
         owner = f"{path}.{inner_path}" if inner_path else path
         for name, empty in list(inner.named_parameters(recurse=False)):
             value: Tensor = vars(inner)["_hf_hook"].weights_map[name]
+            if value.shape != empty.shape:
+                raise ModelError(
+                    f"{target}: {owner}.{name} has shape {list(value.shape)} in the checkpoint, expected "
+                    f"{list(empty.shape)} by its config.json.\nThe checkpoint is damaged, or belongs to another one."
+                )
             is_large = inner is module and is_large_weight(name, value)
             filled = place.put(f"{owner}.{name}", layer, value) if is_large else nn.Parameter(value.clone())
             filled.requires_grad_(False)
             inner._parameters[name] = filled
-            assert empty.shape == filled.shape, f"{owner}.{name}: {tuple(filled.shape)} for {tuple(empty.shape)}"
             del value
             # what had to be converted was written there; what had not is in the checkpoint itself
             (place.folder / f"{owner}.{name}.safetensors").unlink(missing_ok=True)

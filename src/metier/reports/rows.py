@@ -65,7 +65,7 @@ def rows(data: ReportData) -> Markup:
 
 
 def _loads_table(tokens: Mapping[str, Sequence[int]]) -> Markup:
-    """How evenly each layer's Key-Experts were used over the whole run."""
+    """How evenly each layer's Key-Experts were used since training began, or was resumed."""
     head: list[Child] = ["load of Key-Experts", "unused", "least", *(f"{share:.0%}" for share in _SHARES), "largest"]
     body: list[list[Child]] = []
     for path, counts in tokens.items():

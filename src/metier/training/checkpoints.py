@@ -44,8 +44,11 @@ class MarkCheckpoints(TrainerCallback):
         for path in files:
             _flush(path)
         named = [f"{path.stat().st_size} {path.relative_to(folder).as_posix()}" for path in files]
-        (folder / _MARKER).write_text("\n".join([str(state.global_step), *named, ""]), encoding="utf-8")
-        _flush(folder / _MARKER)
+        # under its name only once it is whole: an empty one would say that nothing belongs to the checkpoint
+        written = folder / f".{_MARKER}"
+        written.write_text("\n".join([str(state.global_step), *named, ""]), encoding="utf-8")
+        _flush(written)
+        written.replace(folder / _MARKER)
         if self.limit is not None:
             for old in complete_checkpoints(Path(args.output_dir))[: -self.limit]:
                 shutil.rmtree(old)

@@ -12,7 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from metier.distributed.ranks import ranks_here
-from metier.errors import RowStoreError, RunError
+from metier.errors import NotFiniteError, RunError
 from metier.memory.scratch_folder import held
 from metier.models.load import first_line
 from metier.training.checkpoints import complete_checkpoints
@@ -41,14 +41,14 @@ def alone_in(folder: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def kept_after_error(trainer: Trainer, folder: RunFolder) -> Iterator[None]:
-    """Where rows in a store cannot be updated, keep the steps before that as a checkpoint.
+    """Where a step's gradients are not finite, keep the steps before that as a checkpoint.
 
     Raises:
-        RunError: they could not; it names the checkpoint.
+        RunError: they were not; it names the checkpoint.
     """
     try:
         yield
-    except RowStoreError as error:
+    except NotFiniteError as error:
         steps = trainer.state.global_step
         if ranks_here().are_several or not steps:
             raise

@@ -7,10 +7,14 @@ their part. What is frozen is in neither.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -47,12 +51,13 @@ def keep_by_ranks(trainer: Trainer, checkpoint: Path | None) -> None:
         if (Path(path) / STATE).is_dir():
             _load_trained(trainer.model if model is None else model, Path(path))
         elif not trainer.is_fsdp_enabled:
-            own["_load_from_checkpoint"](path, model)
+            with _read_into_host_memory(trainer.model if model is None else model):
+                own["_load_from_checkpoint"](path, model)
 
     def load_optimizer(path: str | None) -> None:
         if path is not None and (Path(path) / STATE).is_dir():
             _load_optimizer_state(trainer.model, _bare(trainer.optimizer), Path(path))
-        elif path is not None and trainer.is_fsdp_enabled:
+        elif path is not None and (trainer.is_fsdp_enabled or _has_rows(trainer, path)):
             _load_whole_optimizer(_bare(trainer.optimizer), Path(path))
         else:
             own["_load_optimizer_and_scheduler"](path)
@@ -65,6 +70,25 @@ def keep_by_ranks(trainer: Trainer, checkpoint: Path | None) -> None:
         own["_load_from_checkpoint"](str(checkpoint))
     if ranks_here().are_several:
         trainer._save_optimizer_and_scheduler = lambda folder: _save(trainer, Path(folder))
+
+
+def _has_rows(trainer: Trainer, path: str) -> bool:
+    """Whether several processes train rows: the trainer itself would read all of their state to a device."""
+    is_saved = (Path(path) / OPTIMIZER_NAME).is_file()
+    return ranks_here().are_several and is_saved and _has_stores(_bare(trainer.optimizer))
+
+
+@contextmanager
+def _read_into_host_memory(model: nn.Module) -> Iterator[None]:
+    """PEFT reads an adapter's file to the accelerator, where rows that live elsewhere may have no room."""
+    if not isinstance(model, PeftModel) or not any(map(step_gradients_of, model.parameters())):
+        yield
+        return
+    model.load_adapter = partial(model.load_adapter, torch_device="cpu")
+    try:
+        yield
+    finally:
+        del model.load_adapter
 
 
 def _save(trainer: Trainer, folder: Path) -> None:
@@ -109,8 +133,9 @@ def _load_whole_optimizer(optimizer: Optimizer, checkpoint: Path) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order = [number for group in whole["param_groups"] for number in group["params"]]
     for number, parameter in zip(order, parameters, strict=True):
-        state = whole["state"].get(number, {})
-        whole["state"][number] = {name: _parted(value, parameter) for name, value in state.items()}
+        if number in whole["state"]:
+            state = whole["state"][number]
+            whole["state"][number] = {name: _parted(value, parameter) for name, value in state.items()}
     optimizer.load_state_dict(whole)
 
 

@@ -32,6 +32,8 @@ class CountRows(TrainerCallback):
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
         self._stores: list[RowStore] = []
+        self._meters: list[Meter] = []
+        """Of each store, of the steps since the last line."""
         self._names: list[str] = []
         self._tokens: list[list[int]] = []
         """Of each store, by its Key-Experts, since training began or was resumed."""
@@ -51,12 +53,17 @@ class CountRows(TrainerCallback):
         self._names, self._stores = [path for path, _ in named], [store for _, store in named]
         self._tokens = [[0] * store.num_blocks for store in self._stores]
         self._step = self._first_step = state.global_step
-        for store in self._stores:
-            store.meter.take()
+        self._meters = [Meter(store.num_blocks, store.meter.block_bytes) for store in self._stores]
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # what an evaluation or a checkpoint has moved is no part of a step
         for store in self._stores:
             store.begin_step()
+            store.meter.take()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        for store, meter in zip(self._stores, self._meters, strict=True):
+            meter.add(store.meter.take())
 
     def on_log(
         self,
@@ -80,7 +87,7 @@ class CountRows(TrainerCallback):
             self._path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     def _take(self) -> list[Meter]:
-        meters = [store.meter.take() for store in self._stores]
+        meters = [meter.take() for meter in self._meters]
         for counts, meter in zip(self._tokens, meters, strict=True):
             counts[:] = map(add, counts, meter.tokens_by_block)
         return meters
@@ -95,6 +102,8 @@ class CountFrozen(TrainerCallback):
     def __init__(self) -> None:
         self._stores: list[FrozenStore] = []
         self._step = 0
+        self._bytes_from_disk, self._stall_seconds = 0, 0.0
+        """Of the steps since the last line."""
 
     def on_train_begin(
         self,
@@ -107,8 +116,16 @@ class CountFrozen(TrainerCallback):
         assert model is not None, "the trainer passes its model to every callback"
         self._stores = [weight.store for weight in frozen_weights(model)]
         self._step = state.global_step
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # what an evaluation has read is no part of a step
         for store in self._stores:
             store.meter.take()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        meters = [store.meter.take() for store in self._stores]
+        self._bytes_from_disk += sum(meter.bytes_from_disk for meter in meters)
+        self._stall_seconds += sum(meter.stall_seconds for meter in meters)
 
     def on_log(
         self,
@@ -120,7 +137,7 @@ class CountFrozen(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs or state.global_step == self._step:
             return
-        meters, num_steps = [store.meter.take() for store in self._stores], state.global_step - self._step
-        logs["base_bytes_from_disk"] = sum(meter.bytes_from_disk for meter in meters) / num_steps
-        logs["base_stall_seconds"] = sum(meter.stall_seconds for meter in meters) / num_steps
-        self._step = state.global_step
+        num_steps = state.global_step - self._step
+        logs["base_bytes_from_disk"] = self._bytes_from_disk / num_steps
+        logs["base_stall_seconds"] = self._stall_seconds / num_steps
+        self._bytes_from_disk, self._stall_seconds, self._step = 0, 0.0, state.global_step

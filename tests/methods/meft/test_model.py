@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
+    GraniteMoeHybridConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -33,6 +34,7 @@ from metier.errors import (
 )
 from metier.memory import RowAdamW, RowStore
 from metier.methods.meft import MeftConfig, MeftLayer
+from metier.methods.meft.defaults import router_scale
 from tiny_models import tiny_model
 
 DENSE = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config, "gemma": GemmaConfig}
@@ -48,6 +50,15 @@ def dense_model(kind: str = "llama", *, seed: int = 0, dtype: torch.dtype = torc
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
+def granite_without_experts():
+    torch.manual_seed(0)
+    config = GraniteMoeHybridConfig(
+        vocab_size=64, hidden_size=32, shared_intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=0, layer_types=["attention", "mamba"], mamba_n_heads=4, mamba_d_head=16,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 def recurrent_gemma():
     torch.manual_seed(0)
     config = RecurrentGemmaConfig(
@@ -59,6 +70,8 @@ def recurrent_gemma():
 def any_model(kind: str):
     if kind == "recurrent_gemma":
         return recurrent_gemma()
+    if kind == "granite":
+        return granite_without_experts()
     return dense_model(kind) if kind in DENSE else tiny_model(kind).eval()
 
 
@@ -81,7 +94,7 @@ def layers(model) -> list[MeftLayer]:
     return [module for module in model.modules() if isinstance(module, MeftLayer)]
 
 
-@pytest.mark.parametrize("kind", [*DENSE, *MOE, "recurrent_gemma"])
+@pytest.mark.parametrize("kind", [*DENSE, *MOE, "recurrent_gemma", "granite"])
 def test_an_adapter_changes_nothing_at_first_then_trains_and_leaves_the_base_alone(kind):
     model = any_model(kind)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -292,11 +305,15 @@ def test_a_model_without_feed_forward_blocks_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 0}, "r must be at least 1"),
-        ({"r": 97}, "r=97 cannot be split"),
-        ({"r": 64, "num_key_experts": 7}, "r=63 or r=70"),
-        ({"r": 64, "num_key_experts": 4, "num_active_key_experts": 5}, "more than num_key_experts=4"),
-        ({"r": 64, "num_key_experts": 16, "num_active_key_experts": 2, "top_k": 9}, "8 candidates"),
+        ({"r": 0}, "^MeftConfig: r must be at least 1, got 0"),
+        ({"r": 97}, "^MeftConfig: r=97 cannot be split: .*, and no number near it divides 97.\nTake r=84, or"),
+        (
+            {"r": 64, "num_key_experts": 7},
+            "^MeftConfig: r=64 cannot .*\nTake r=63 or r=70, or leave num_key_experts out",
+        ),
+        ({"r": 5, "num_key_experts": 7}, "Take r=7, or leave"),
+        ({"r": 64, "num_key_experts": 4, "num_active_key_experts": 5}, "^MeftConfig: .* more than num_key_experts=4"),
+        ({"r": 64, "num_key_experts": 16, "num_active_key_experts": 2, "top_k": 9}, "^MeftConfig: .* 8 candidates"),
         ({"r": 64, "gate": "softmax"}, "gate must be logit or none, got 'softmax'"),
         ({"r": 64, "semantics": "batch"}, "semantics must be"),
         ({"r": 64, "store": "tape"}, "store must be device or host or disk"),
@@ -328,11 +345,34 @@ def test_a_state_dict_has_the_rows_and_gives_them_back(mode, tmp_path):
     assert torch.equal(other(input_ids=tokens()).logits, wanted)
 
 
-def test_rows_of_another_shape_in_a_state_dict_are_refused():
-    state = peft.get_peft_model(dense_model(), MeftConfig(r=32, num_active_key_experts=4, top_k=8)).state_dict()
+def test_rows_of_another_shape_in_a_state_dict_are_refused_and_the_layer_keeps_its_own():
+    state = dict(peft.get_peft_model(dense_model(), MeftConfig(r=32, num_active_key_experts=4, top_k=8)).state_dict())
     other = peft.get_peft_model(dense_model(), MeftConfig(r=64, num_active_key_experts=4, top_k=8))
-    with pytest.raises(RuntimeError, match=r"got rows of shape \[32, 2, 32\], expected \[64, 2, 32\]"):
+    foreign = next(name for name in state if ".1.mlp.meft_rows" in name)
+    state = {**other.state_dict(), foreign: state[foreign]}
+    other(input_ids=tokens(), labels=tokens()).loss.backward()
+    first, second = layers(other)
+    kept = second.stores["default"].saved().clone()
+    with pytest.raises(
+        RuntimeError, match=r"rows of shape \[32, 2, 32\], expected \[64, 2, 32\]; those that are here stay"
+    ):
         other.load_state_dict(state)
+    assert torch.equal(second.stores["default"].saved(), kept)
+    assert second.meft_gradients["default"].grad is not None
+    assert first.meft_gradients["default"].grad is None
+
+
+def test_keys_begin_small_values_at_zero_and_routers_as_the_mean_of_keys():
+    model = peft.get_peft_model(dense_model(), MeftConfig(r=512))
+    for layer in layers(model):
+        store, sizes = layer.stores["default"], layer.configs["default"].sizes
+        keys_NMD = store.rows_NMWD[:, :, 0]
+        assert not store.rows_NMWD[:, :, 1].any()
+        assert keys_NMD.std() == pytest.approx(0.02, rel=0.02)
+        assert keys_NMD.mean() == pytest.approx(0, abs=0.001)
+        expected = router_scale(sizes, 32) * keys_NMD.mean(1)
+        torch.testing.assert_close(layer.meft_router["default"].detach(), expected)
+    assert not torch.equal(*(layer.stores["default"].rows_NMWD for layer in layers(model)))
 
 
 def test_rows_that_a_state_dict_lacks_are_missing():
@@ -340,6 +380,34 @@ def test_rows_that_a_state_dict_lacks_are_missing():
     state = {name: tensor for name, tensor in model.state_dict().items() if "meft_rows" not in name}
     with pytest.raises(RuntimeError, match=r"meft_rows\.default"):
         model.load_state_dict(state)
+
+
+def test_an_evaluation_without_gradients_leaves_an_adapter_that_can_be_turned_off_and_on():
+    model = trained(dense_model(), steps=1)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    model.zero_grad()
+    with torch.inference_mode():
+        model(input_ids=tokens())
+    with model.disable_adapter():
+        pass
+    assert all(layer.meft_gradients["default"].requires_grad for layer in layers(model))
+
+
+def test_what_stands_for_rows_takes_no_room_in_a_state_dict():
+    model = trained(dense_model(), steps=1)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    holders = [tensor for name, tensor in model.state_dict().items() if "meft_gradients" in name]
+    assert len(holders) == 2
+    assert not any(holder.numel() for holder in holders)
+
+
+def test_an_optimizers_zero_grad_forgets_a_steps_rows_at_once():
+    model = trained(dense_model(), steps=1)
+    optimizer = RowAdamW(model.parameters())
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(layer.meft_gradients["default"].step_gradients.block_ids for layer in layers(model))
+    optimizer.zero_grad()
+    assert not any(layer.meft_gradients["default"].step_gradients.block_ids for layer in layers(model))
 
 
 def test_a_state_dict_may_take_the_place_of_parameters():

@@ -7,7 +7,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from metier.errors import RowStoreError
+from metier.memory import RowAdamW
 from metier.memory.row_store import RowStore
 from metier.memory.step_gradients import StepGradients
 from metier.methods.meft.sparse_rows import chosen_rows, sparse_rows
@@ -154,6 +157,32 @@ def test_chosen_rows_are_the_union_of_every_tokens_best():
     assert (chosen_rows(hidden_TD, ids, gate_TK, store, top_k=3) == expected).all()
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_rows_of_a_union_fire_for_every_token_in_outputs_and_gradients(gated):
+    hidden_TD, ids, gate_TK, store = case(23, N)
+    chosen_NM = torch.rand(N, M, generator=torch.Generator().manual_seed(2)) < 0.4
+    assert chosen_NM.any(1).all()
+    assert not chosen_NM.all(1).any()
+    inputs = [t.clone().requires_grad_() for t in (hidden_TD, gate_TK, store.rows_NMWD)]
+    products = torch.einsum("td,nmd->tnm", inputs[0], inputs[2][:, :, 0])
+    if gated:
+        # a token's gates stand in the order of its Key-Experts
+        products = products * inputs[1].gather(1, ids.argsort(1)).unsqueeze(-1)
+    expected = torch.einsum("tnm,nmd->td", products.relu() * chosen_NM, inputs[2][:, :, 1])
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    (expected * weight).sum().backward()
+
+    hidden, gate, gradients = hidden_TD.clone().requires_grad_(), gate_TK.clone().requires_grad_(), StepGradients(store)
+    out = sparse_rows(hidden, ids, gate if gated else None, gradients, top_k=1, chosen_NM=chosen_NM)
+    (out * weight).sum().backward()
+
+    torch.testing.assert_close(out, expected, **TOLERANCE)
+    torch.testing.assert_close(hidden.grad, inputs[0].grad, **TOLERANCE)
+    torch.testing.assert_close(dense_gradient(gradients), inputs[2].grad, rtol=1e-4, atol=1e-4)
+    if gated:
+        torch.testing.assert_close(gate.grad, inputs[1].grad, **TOLERANCE)
+
+
 def test_bfloat16_inputs_give_float32_gradients_of_rows():
     hidden_TD, ids, gate_TK, store = case(33, 2)
     exact, rounded = StepGradients(store), StepGradients(store)
@@ -180,3 +209,74 @@ def test_remote_rows_are_fetched_once_for_a_step_and_not_kept_without_gradients(
         for _ in range(2):
             sparse_rows(hidden_TD, ids, gate_TK, gradients, top_k=5)
     assert store.meter.num_fetched == 2 * num_used
+
+
+def test_a_gradient_of_the_inputs_alone_leaves_none_of_rows():
+    hidden_TD, ids, gate_TK, store = case(20, 2)
+    hidden, gradients = hidden_TD.requires_grad_(), StepGradients(store)
+    out = sparse_rows(hidden, ids, gate_TK, gradients, top_k=5).square().sum()
+    (wanted,) = torch.autograd.grad(out, hidden, retain_graph=True)
+    out.backward(inputs=[hidden], retain_graph=True)
+    assert torch.equal(hidden.grad, wanted)
+    assert gradients.block_ids == []
+    assert gradients.holder.grad is None
+    out.backward()
+    once, again = dense_gradient(gradients), StepGradients(store)
+    sparse_rows(hidden, ids, gate_TK, again, top_k=5).square().sum().backward()
+    assert torch.equal(dense_gradient(again), once)
+    assert once.any()
+
+
+def test_with_checkpointing_rows_have_their_gradients_once():
+    hidden_TD, ids, gate_TK, store = case(20, 2)
+    hidden = hidden_TD.requires_grad_()
+    found = []
+    for reentrant in (None, False, True):
+        gradients = StepGradients(store)
+
+        def run(inputs: Tensor, gradients: StepGradients = gradients) -> Tensor:
+            return sparse_rows(inputs, ids, gate_TK, gradients, top_k=5)
+
+        out = run(hidden) if reentrant is None else checkpoint(run, hidden, use_reentrant=reentrant)
+        out.square().sum().backward()
+        found.append(dense_gradient(gradients))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert found[0].any()
+
+
+@pytest.mark.parametrize("same_blocks", [True, False])
+def test_another_tensor_in_the_gradients_place_is_what_the_next_pass_adds_to(same_blocks):
+    hidden_TD, ids, gate_TK, store = case(40, 2)
+    parts = [slice(0, 2), slice(0, 2) if same_blocks else slice(2, 40)]
+    alone = []
+    for part in parts:
+        gradients = StepGradients(store)
+        sparse_rows(hidden_TD[part], ids[part], gate_TK[part], gradients, top_k=5).square().sum().backward()
+        alone.append(dense_gradient(gradients))
+    gradients = StepGradients(store)
+    for number, part in enumerate(parts):
+        if number:
+            gradients.holder.grad = gradients.holder.grad * 0.5
+        sparse_rows(hidden_TD[part], ids[part], gate_TK[part], gradients, top_k=5).square().sum().backward()
+    torch.testing.assert_close(dense_gradient(gradients), 0.5 * alone[0] + alone[1])
+
+
+def test_rows_that_do_not_train_do_not_stay_on_a_device():
+    hidden_TD, ids, gate_TK, store = case(20, 2)
+    store.is_remote, gradients = True, StepGradients(store)
+    gradients.holder.requires_grad_(False)
+    for _ in range(3):
+        sparse_rows(hidden_TD.requires_grad_(), ids, gate_TK, gradients, top_k=5).sum().backward()
+    assert store.on_device._fetched == {}
+    assert hidden_TD.grad.any()
+
+
+def test_a_backward_pass_after_an_update_of_its_rows_is_refused():
+    hidden_TD, ids, gate_TK, store = case(20, 2)
+    gradients = StepGradients(store)
+    first, second = (sparse_rows(hidden_TD.requires_grad_(), ids, gate_TK, gradients, top_k=5).sum() for _ in range(2))
+    first.backward()
+    RowAdamW([gradients.holder]).step()
+    with pytest.raises(RowStoreError, match="rows were changed between a forward pass and its backward one"):
+        second.backward()

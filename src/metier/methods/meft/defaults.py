@@ -60,9 +60,20 @@ class MeftSizes:
 
 
 def meft_sizes(
-    r: int, *, num_key_experts: int | None = None, num_active_key_experts: int | None = None, top_k: int | None = None
+    r: int,
+    *,
+    num_key_experts: int | None = None,
+    num_active_key_experts: int | None = None,
+    top_k: int | None = None,
+    where: str = "MeftConfig",
+    prefix: str = "",
 ) -> MeftSizes:
     """The sizes that were given, and for the rest those that follow from `r`.
+
+    Args:
+        r, num_key_experts, num_active_key_experts, top_k: of one layer; None for what is to follow.
+        where: that they were given, for messages.
+        prefix: of their names there.
 
     Raises:
         ConfigError: a size is out of range, `r` cannot be split, or `top_k` is more than there are candidates.
@@ -70,21 +81,25 @@ def meft_sizes(
     sizes = {"num_key_experts": num_key_experts, "num_active_key_experts": num_active_key_experts, "top_k": top_k}
     for name, value in {"r": r, **sizes}.items():
         if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}.")
+            raise ConfigError(f"{where}: {prefix}{name} must be at least 1, got {value}.")
     num_active = num_active_key_experts or min(NUM_ACTIVE_KEY_EXPERTS, num_key_experts or r)
-    count = num_key_experts or _best_count(r, num_active)
+    count = num_key_experts or _best_count(r, num_active, where, prefix)
     if r % count:
         raise ConfigError(
-            f"r={r} cannot be split into num_key_experts={count} Key-Experts of one size. Take r={r - r % count} or "
-            f"r={r + count - r % count}, or leave num_key_experts out."
+            f"{where}: {prefix}r={r} cannot be split into {prefix}num_key_experts={count} Key-Experts of one size.\n"
+            f"Take {_either(r - r % count, r + count - r % count, prefix)}, or leave {prefix}num_key_experts out."
         )
     if num_active > count:
-        raise ConfigError(f"num_active_key_experts={num_active} is more than num_key_experts={count}; lower it.")
+        raise ConfigError(
+            f"{where}: {prefix}num_active_key_experts={num_active} is more than {prefix}num_key_experts={count}; lower "
+            "it."
+        )
     candidates = num_active * (r // count)
     if top_k is not None and top_k > candidates:
         raise ConfigError(
-            f"top_k={top_k} is more than the {candidates} candidates of a token, which are num_active_key_experts="
-            f"{num_active} times {r // count} rows. Lower top_k, or raise num_active_key_experts."
+            f"{where}: {prefix}top_k={top_k} is more than the {candidates} candidates of a token, which are "
+            f"{prefix}num_active_key_experts={num_active} times {r // count} rows.\n"
+            f"Lower {prefix}top_k, or raise {prefix}num_active_key_experts."
         )
     return MeftSizes(r, count, num_active, top_k or min(TOP_K, candidates))
 
@@ -104,14 +119,18 @@ def router_scale(sizes: MeftSizes, hidden_size: int) -> float:
     return 1 / (std * normal.pdf(normal.inv_cdf(1 - share)) / share)
 
 
-def _best_count(r: int, num_active: int) -> int:
+def _either(lower: int, higher: int, prefix: str) -> str:
+    return " or ".join(f"{prefix}r={rows}" for rows in (lower, higher) if rows)
+
+
+def _best_count(r: int, num_active: int, where: str, prefix: str) -> int:
     best = math.sqrt(num_active * r)
     divisors = [d for d in range(num_active, r + 1) if r % d == 0]
     nearest = min(divisors, key=lambda d: abs(math.log(d / best)), default=0)
     if not nearest or max(nearest / best, best / nearest) > _FURTHEST:
         wanted = max(num_active, round(best))
         raise ConfigError(
-            f"r={r} cannot be split: routing is cheap near {best:.0f} Key-Experts, and no number near it divides r.\n"
-            f"Take r={max(1, round(r / wanted)) * wanted}, or give num_key_experts."
+            f"{where}: {prefix}r={r} cannot be split: routing is cheap near {best:.0f} Key-Experts, and no number near "
+            f"it divides {r}.\nTake {prefix}r={max(1, round(r / wanted)) * wanted}, or give {prefix}num_key_experts."
         )
     return nearest

@@ -109,7 +109,8 @@ class MeftLayer(BlockLayer):
         gate: Tensor | None = gate_TK if config.gate == "logit" else None
         chosen_NM = None
         if config.semantics == "union":
-            chosen_NM = chosen_rows(hidden_TD, key_experts_TK, gate, store, top_k=sizes.top_k)
+            keep = self.meft_gradients[adapter_name].step_gradients.is_wanted
+            chosen_NM = chosen_rows(hidden_TD, key_experts_TK, gate, store, top_k=sizes.top_k, keep=keep)
             active_A = chosen_NM.any(1).nonzero().squeeze(1)
             key_experts_TK = active_A.expand(len(hidden_TD), -1)
             gate = logits_TN[:, active_A] if config.gate == "logit" else None
@@ -143,6 +144,8 @@ def _with_rows(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> 
         return  # accelerate takes every entry for a parameter that it may shard; checkpoints have the rows anyway
     for name, store in layer.stores.items():
         state[f"{prefix}{ROWS}.{name}"] = store.saved()
+        # the holder is as large as the step's gradients without a memory of its own, which who copies it would make
+        state[f"{prefix}{HOLDER}.{name}"] = torch.empty(0)
 
 
 def _take_rows(
@@ -167,6 +170,6 @@ def _take_rows(
                 store.load(rows_RWD)
             except RowStoreError as error:
                 errors.append(str(error))
-            # of the former rows
-            layer.meft_gradients[name].step_gradients.clear()
+            else:  # the gradients are of the former rows
+                layer.meft_gradients[name].step_gradients.clear()
         state[f"{prefix}{HOLDER}.{name}"] = layer.meft_gradients[name]

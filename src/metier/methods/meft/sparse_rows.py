@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metier.errors import RowStoreError
 from metier.memory.disk_policy import Phase
 from metier.memory.frozen_store import is_in_backward
 from metier.memory.row_store import RowStore
@@ -50,17 +51,29 @@ def sparse_rows(
         chosen_NM: which rows may fire instead, the same for every token, bool; `top_k` does not count then.
     """
     out_TD: Tensor = _SparseRows.apply(
-        hidden_TD, gate_TK, gradients.holder, key_experts_TK, gradients, top_k, chosen_NM, torch.is_grad_enabled()
+        hidden_TD, gate_TK, gradients.holder, key_experts_TK, gradients, top_k, chosen_NM, gradients.is_wanted
     )
     return out_TD
 
 
 @torch.no_grad()
 def chosen_rows(
-    hidden_TD: Tensor, key_experts_TK: Tensor, gate_TK: Tensor | None, store: RowStore, *, top_k: int
+    hidden_TD: Tensor,
+    key_experts_TK: Tensor,
+    gate_TK: Tensor | None,
+    store: RowStore,
+    *,
+    top_k: int,
+    keep: bool = False,
 ) -> Tensor:
-    """The rows that any token chooses, (N, M) bool: the union S of the paper's Algorithm 1."""
-    used = _Used(hidden_TD, key_experts_TK, store, keep=False)
+    """The rows that any token chooses, (N, M) bool: the union S of the paper's Algorithm 1.
+
+    Args:
+        hidden_TD, key_experts_TK, gate_TK, top_k: as of `sparse_rows`.
+        store: with the rows.
+        keep: whether the rows will be asked for again before the optimizer's next step.
+    """
+    used = _Used(hidden_TD, key_experts_TK, store, keep=keep)
     best_TKM = _best(_gated(_products(used, used.blocks(hidden_TD.device), hidden_TD), gate_TK), top_k)
     chosen_NM = torch.zeros(store.num_blocks, store.rows_per_block, dtype=torch.bool, device=hidden_TD.device)
     chosen_NM[used.block_ids] = used.any_token(best_TKM)
@@ -155,7 +168,7 @@ class _SparseRows(torch.autograd.Function):
                 grouped_matmul(active_PM[cut[0] : cut[-1]], values[first:last], cut, out_PD[cut[0] : cut[-1]])
             out_TD = _summed_over_slots(out_PD, order, torch.empty_like(hidden_TD))
         ctx.save_for_backward(hidden_TD, gate_TK, products_TKM, fires_TKM)
-        ctx.used, ctx.gradients = used, gradients
+        ctx.used, ctx.gradients, ctx.num_changes = used, gradients, store.num_changes
         return out_TD
 
     @staticmethod
@@ -163,6 +176,11 @@ class _SparseRows(torch.autograd.Function):
         hidden_TD, gate_TK, products_TKM, fires_TKM = ctx.saved_tensors
         wants_hidden, wants_gate, wants_rows = ctx.needs_input_grad[:3]
         used, device = ctx.used, grad_TD.device
+        if ctx.num_changes != used.store.num_changes:
+            raise RowStoreError(
+                f"{used.store.name}: rows were changed between a forward pass and its backward one, whose gradients "
+                "would be wrong; nothing was added.\nRun backward before the optimizer's step, or forward again."
+            )
         order = used.order
         # a forward pass may be one of several of the same tokens, or of an evaluation
         used.store.meter.used(used.block_ids, used.places_TK.flatten().bincount().tolist())
@@ -177,7 +195,9 @@ class _SparseRows(torch.autograd.Function):
             grad_TKM = grad_PM[order.row_TK] * fires_TKM
             grad_gate_TK = (grad_TKM * products_TKM).sum(-1) if wants_gate else None
             grad_products_PM = order.spread(grad_TKM if gate_TK is None else grad_TKM * gate_TK.unsqueeze(-1))
-            if wants_rows:
+            # `autograd.grad` of other tensors, and `backward` with inputs, ask for none of rows
+            holder = ctx.next_functions[1 if gate_TK is None else 2][0] if wants_rows else None
+            if holder is not None and torch._C._will_engine_execute_node(holder):
                 active_PM = order.spread(_gated(products_TKM, gate_TK) * fires_TKM)
                 places, fired, is_new = ctx.gradients.places(used.block_ids, device)
                 for flags_M, some_token_M in zip(fired, used.any_token(fires_TKM), strict=True):
