@@ -145,6 +145,23 @@ def test_a_resumed_run_with_hot_blocks_goes_on_to_the_same_numbers(tmp_path, mod
     assert torch.equal(again.store.saved(), whole.store.saved())
 
 
+def test_what_was_kept_on_a_device_is_there_when_the_model_comes_back():
+    gradients = store_of(is_remote=True, cache_bytes=N * M * (ROW_BYTES + STATE_BYTES))
+    trained(gradients, STEPS[:3])
+    kept = [block.clone() for block in gradients.store.blocks([0, 1], CPU, keep=False)]
+    assert gradients.store.on_device.slots
+    gradients.store.is_remote = False  # as of a device that can address the store
+    assert all(map(torch.equal, gradients.store.blocks([0, 1], CPU, keep=False), kept))
+    assert gradients.store.on_device is None
+
+
+def test_one_set_of_pinned_buffers_serves_all_layers():
+    first, second = (store_of(is_remote=True) for _ in range(2))
+    for gradients in (first, second):
+        gradients.store.blocks([0], CPU, keep=False)
+    assert first.store.on_device._ring is second.store.on_device._ring
+
+
 def test_a_state_takes_the_place_of_that_of_hot_blocks_and_leaves_their_rows():
     gradients = store_of(is_remote=True, cache_bytes=N * M * (ROW_BYTES + STATE_BYTES))
     optimizer = trained(gradients, STEPS[:3])

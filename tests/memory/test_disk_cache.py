@@ -213,8 +213,31 @@ def test_what_the_disk_could_not_take_is_told(cache, file, monkeypatch):
             cache.written(rows, [piece])
             settle(cache)
 
-    with pytest.raises(RowStoreError, match=r"rows: the disk could not take 32,768 bytes .*Input/output error"):
+    with pytest.raises(
+        RowStoreError, match=r"rows: the disk could not take 32,768 bytes of a store .*Input/output error"
+    ):
         write()
+
+
+def test_what_is_saved_is_not_what_the_disk_has_lost(cache, tmp_path, monkeypatch):
+    saving = threading.Event()
+
+    def refuse(*_: object) -> int:
+        saving.wait()
+        ctypes.set_errno(errno.EIO)
+        return -1
+
+    monkeypatch.setattr(row_store, "disk_cache", lambda: cache)
+    store = RowStore(PIECES, ROWS, 512, tier="disk", folder=tmp_path)
+    store.changed([0, 1])
+    for _ in range(3):
+        store.come_to("forward")
+    monkeypatch.setattr(mapped_file, "libc", SimpleNamespace(sync_file_range=refuse))
+    store.changed([2, 3, 4, 5])  # the last that is given up: nobody comes by after it
+    assert cache._on_their_way
+    saving.set()
+    with pytest.raises(RowStoreError, match="the disk could not take"):
+        store.saved()
 
 
 def test_processes_on_one_machine_share_its_memory(monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 
 from metier.errors import ConfigError
 from metier.memory import scratch_folder as module
-from metier.memory.scratch_folder import is_in_memory, scratch_folder
+from metier.memory.scratch_folder import held, is_in_memory, scratch_folder
 
 ENDLESS = """
 import sys, time
@@ -72,6 +72,25 @@ def test_a_folder_that_another_process_takes_for_an_abandoned_one_is_made_again(
         assert (folder / ".in-use").exists()
         (folder / "weights").write_bytes(b"0")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(module.fcntl is None, reason="of Unix alone")
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    file, take, opened = tmp_path / "lock", module._take, []
+
+    def late(lock, **options):
+        opened.append(lock)
+        if len(opened) == 1:
+            file.unlink()  # its former holder is done
+        return take(lock, **options)
+
+    monkeypatch.setattr(module, "_take", late)
+    with held(file) as is_free:
+        assert is_free
+        assert file.exists()
+        with held(file) as is_second_free:
+            assert not is_second_free
+    assert len(opened) == 3
 
 
 def test_somebody_elses_folders_stay(tmp_path):

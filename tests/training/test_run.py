@@ -23,6 +23,7 @@ from metier.deltas.read import read_delta
 from metier.errors import ConfigError, RunError, SelectionError
 from metier.models.load import load
 from metier.routing.selection import ExpertSelection
+from metier.training.checkpoints import find_checkpoint
 from metier.training.run import train
 
 Configure = Callable[..., RunConfig]
@@ -198,13 +199,14 @@ def test_a_run_goes_on_from_the_last_checkpoint_that_was_written_in_full(
     folder = train(configure(save_steps=1), console=console).folder
     straight = delta(folder)
     shutil.rmtree(folder / "adapter")
-    # killed after the last file of a checkpoint, before its marker
-    for step in (3, 4):
-        (folder / "checkpoints" / f"checkpoint-{step}" / "complete").unlink()
+    # killed after the last file of a checkpoint, before its marker, or while that was written
+    (folder / "checkpoints" / "checkpoint-3" / "complete").unlink()
+    (folder / "checkpoints" / "checkpoint-4" / "complete").rename(folder / "checkpoints" / "checkpoint-4" / ".complete")
     again = train(configure(save_steps=1, resume_from_checkpoint="last"), console=console)
     said = console.file.getvalue().replace("\n", "")  # type: ignore[attr-defined]
     assert re.findall(r"Resuming from \S*(checkpoint-\d)", said) == ["checkpoint-2"]
     assert same_bits(straight, delta(again.folder))
+    assert find_checkpoint(folder / "checkpoints", "last") == folder / "checkpoints" / "checkpoint-4"
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "adapter_model.safetensors"])

@@ -103,6 +103,7 @@ class DeviceRows:
     def take_on(self, hot: HotBlocks) -> None:
         """Keep those blocks in those slots, as far as there are as many; what they hold is the store's."""
         if self.cache_bytes:
+            self.write_back()
             self._match_arrays()
             self._policy = HotPolicy(self._policy.capacity, hot.uses)
             self.slots = {block: slot for block, slot in hot.slots.items() if slot < self._policy.capacity}

@@ -62,7 +62,7 @@ class MappedFile:
             what = ctypes.c_int64(first), ctypes.c_int64(length), _WAIT if wait else _WRITE
             if libc.sync_file_range(self.fd, *what) and ctypes.get_errno() in _LOST:
                 raise RowStoreError(
-                    f"{self.path}: the disk could not take {length:,} bytes of rows "
+                    f"{self.path}: the disk could not take {length:,} bytes of a store "
                     f"({os.strerror(ctypes.get_errno())}), which are lost.\n"
                     "Look after the disk, and resume from the last checkpoint."
                 )

@@ -283,6 +283,7 @@ class _TrainedRows:
         if self.mode == "exact":
             self.catch_up(None)
         self.store.write_back()
+        self.store.wait_until_written()
         self.store.expect(in_order=True)
         settings = [
             [past.learning_rate, past.weight_decay, past.beta1, past.beta2, past.eps] for past in self.history.settings

@@ -211,6 +211,8 @@ class RowStore:
             self._meet(device)
         self.settle(block_ids)
         if self.device == device and not self.is_remote:
+            if self.on_device is not None:  # the model has come back from another device, with what was kept there
+                self.leave_device()
             return [self.home_rows(block) for block in block_ids]
         assert self.on_device is not None, "met above"
         return self.on_device.blocks(block_ids, keep=keep)
@@ -290,6 +292,15 @@ class RowStore:
                 disk_cache().wait_for(self._files[name])
         self.meter.stall_seconds += time.perf_counter() - started
 
+    def wait_until_written(self) -> None:
+        """Until the disk has taken all that it was given.
+
+        Raises:
+            RowStoreError: it could not, and something is lost.
+        """
+        if self._files:
+            disk_cache().wait_until_written()
+
     def changed(self, block_ids: Sequence[int], names: Iterable[str] | None = None) -> None:
         """Blocks were written in place, and all (or `names`) that is kept beside them: the disk is to have them."""
         for name in self.arrays if names is None else names:
@@ -332,8 +343,7 @@ class RowStore:
         """
         self.settle(None)
         self.write_back()
-        if self.tier == "disk":
-            disk_cache().wait_until_written()
+        self.wait_until_written()
         self.expect(in_order=True)
         return self.arrays["rows"].detach()
 

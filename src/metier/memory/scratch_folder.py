@@ -24,6 +24,8 @@ except ImportError:  # Windows: folders of killed processes stay
 
 _PREFIX = "metier-weights-"
 _LOCK = ".in-use"
+_TRIES = 5
+"""How often another process may come between; where a file system never says which file is whose, that has to do."""
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -57,11 +59,11 @@ def scratch_folder(parent: str | Path | None, *, option: str) -> Iterator[Path]:
 @contextmanager
 def held(file: Path) -> Iterator[bool]:
     """Hold a lock on a file that goes after it; whether nobody else has it. A process that ends gives it back."""
-    while True:
+    for left in reversed(range(_TRIES)):
         lock = file.open("a")
         is_free = _take(lock, if_unknown=True)
         # who had it may have removed the file since it was opened, and others would lock another one
-        if not is_free or _is_named(lock, file):
+        if not is_free or _is_named(lock, file) or not left:
             break
         lock.close()
     with lock:
@@ -110,13 +112,14 @@ def warn_if_in_memory(folder: Path, option: str) -> None:
 
 def _made(inside: Path) -> tuple[Path, IO[str]]:
     """A folder and its lock, which is held."""
-    while True:
+    for left in reversed(range(_TRIES)):
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=inside))
         lock = (folder / _LOCK).open("w")
         # another process may have come between, and taken it for an abandoned one
-        if _take(lock, if_unknown=True) and _is_named(lock, folder / _LOCK):
-            return folder, lock
+        if (_take(lock, if_unknown=True) and _is_named(lock, folder / _LOCK)) or not left:
+            break
         lock.close()
+    return folder, lock
 
 
 def _remove_abandoned(parent: Path) -> None:

@@ -59,7 +59,7 @@ def large_modules(model: nn.Module) -> dict[str, int]:
     and the layers' numbers.
 
     Embeddings and the output layer are not among them, nor is what a text never passes through, nor what transformers
-    keeps in float32 whatever the model's dtype.
+    keeps in float32 in some dtype.
     """
     found = {}
     patterns = chain.from_iterable(getattr(model, name, None) or () for name in _IN_FLOAT32)
@@ -182,7 +182,7 @@ def _move(module: nn.Module, path: str, layer: int, place: WeightPlace, target: 
             if value.shape != empty.shape:
                 raise ModelError(
                     f"{target}: {owner}.{name} has shape {list(value.shape)} in the checkpoint, expected "
-                    f"{list(empty.shape)} by its config.json.\nThe checkpoint is damaged, or belongs to another one."
+                    f"{list(empty.shape)} by its config.json.\nFetch the checkpoint again, or its own config.json."
                 )
             is_large = inner is module and is_large_weight(name, value)
             filled = place.put(f"{owner}.{name}", layer, value) if is_large else nn.Parameter(value.clone())

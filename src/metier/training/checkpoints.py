@@ -40,12 +40,14 @@ class MarkCheckpoints(TrainerCallback):
             return
         if self.note is not None:
             self.note(folder)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        # a mark may be left of a life that was killed, or of the steps that are taken again
+        written = folder / f".{_MARKER}"
+        marks = (folder / _MARKER, written)
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path not in marks)
         for path in files:
             _flush(path)
         named = [f"{path.stat().st_size} {path.relative_to(folder).as_posix()}" for path in files]
         # under its name only once it is whole: an empty one would say that nothing belongs to the checkpoint
-        written = folder / f".{_MARKER}"
         written.write_text("\n".join([str(state.global_step), *named, ""]), encoding="utf-8")
         _flush(written)
         written.replace(folder / _MARKER)

@@ -67,7 +67,8 @@ def keep_by_ranks(trainer: Trainer, checkpoint: Path | None) -> None:
     trainer._load_from_checkpoint, trainer._load_optimizer_and_scheduler = load_model, load_optimizer
     if trainer.is_fsdp_enabled and checkpoint is not None and not (checkpoint / STATE).is_dir():
         # whole tensors, into a model that is not sharded yet
-        own["_load_from_checkpoint"](str(checkpoint))
+        with _read_into_host_memory(trainer.model):
+            own["_load_from_checkpoint"](str(checkpoint))
     if ranks_here().are_several:
         trainer._save_optimizer_and_scheduler = lambda folder: _save(trainer, Path(folder))
 

@@ -423,6 +423,14 @@ def test_torchs_distributed_checkpoints_find_every_entry():
     assert sum(name.endswith("meft_rows.default") for name in state) == 2
 
 
+def test_a_layer_that_was_copied_without_its_rows_says_what_can_be_done():
+    model = peft.get_peft_model(dense_model(), MeftConfig(r=64, num_active_key_experts=4, top_k=8))
+    holders = layers(model)[0].meft_gradients
+    holders["default"] = nn.Parameter(torch.empty(0))  # as DataParallel leaves it
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp: .*DataParallel.*\nShow it one"):
+        model(input_ids=tokens())
+
+
 def test_a_model_with_rows_in_stores_cannot_be_copied_and_says_what_can_be_done():
     model = trained(dense_model(), steps=1)
     with pytest.raises(RowStoreError, match="save_pretrained"):

@@ -227,6 +227,15 @@ def test_a_gradient_of_the_inputs_alone_leaves_none_of_rows():
     assert once.any()
 
 
+def test_a_gradient_of_rows_to_be_returned_is_refused():
+    hidden_TD, ids, gate_TK, store = case(20, 2)
+    gradients = StepGradients(store)
+    out = sparse_rows(hidden_TD.requires_grad_(), ids, gate_TK, gradients, top_k=5).sum()
+    with pytest.raises(RowStoreError, match=r"got torch\.autograd\.grad of what stands for rows"):
+        torch.autograd.grad(out, [hidden_TD, gradients.holder], allow_unused=True)
+    assert gradients.block_ids == []
+
+
 def test_with_checkpointing_rows_have_their_gradients_once():
     hidden_TD, ids, gate_TK, store = case(20, 2)
     hidden = hidden_TD.requires_grad_()

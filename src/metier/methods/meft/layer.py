@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from metier.distributed.ranks import ranks_here
 from metier.errors import ConfigError, RowStoreError
 from metier.memory.row_store import RowStore
-from metier.memory.step_gradients import StepGradients
+from metier.memory.step_gradients import StepGradients, step_gradients_of
 from metier.methods.block_layer import BlockLayer, block_output, with_output
 from metier.methods.meft.config import MeftConfig
 from metier.methods.meft.defaults import KEY_STD, router_scale
@@ -103,18 +103,24 @@ class MeftLayer(BlockLayer):
         """What one adapter adds to the block's output, (T, D)."""
         config, store = self.configs[adapter_name], self.stores[adapter_name]
         router_ND = self.meft_router[adapter_name]
+        gradients = step_gradients_of(self.meft_gradients[adapter_name])
+        if gradients is None:
+            raise ConfigError(
+                f"{self.path}: what stands for rows in a store was copied without them, as torch.nn.DataParallel does "
+                "where a process sees several devices.\nShow it one (CUDA_VISIBLE_DEVICES=0), or start one process for "
+                "each: torchrun --nproc_per_node 2 -m metier train."
+            )
         sizes = config.sizes
         logits_TN = F.linear(hidden_TD, router_ND.to(hidden_TD.dtype))
         gate_TK, key_experts_TK = logits_TN.topk(sizes.num_active_key_experts, dim=-1)
         gate: Tensor | None = gate_TK if config.gate == "logit" else None
         chosen_NM = None
         if config.semantics == "union":
-            keep = self.meft_gradients[adapter_name].step_gradients.is_wanted
+            keep = gradients.is_wanted
             chosen_NM = chosen_rows(hidden_TD, key_experts_TK, gate, store, top_k=sizes.top_k, keep=keep)
             active_A = chosen_NM.any(1).nonzero().squeeze(1)
             key_experts_TK = active_A.expand(len(hidden_TD), -1)
             gate = logits_TN[:, active_A] if config.gate == "logit" else None
-        gradients = self.meft_gradients[adapter_name].step_gradients
         out_TD = sparse_rows(hidden_TD, key_experts_TK, gate, gradients, top_k=sizes.top_k, chosen_NM=chosen_NM)
         return out_TD if config.scaling == 1 else out_TD * config.scaling
 

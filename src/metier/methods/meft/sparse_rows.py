@@ -179,7 +179,7 @@ class _SparseRows(torch.autograd.Function):
         if ctx.num_changes != used.store.num_changes:
             raise RowStoreError(
                 f"{used.store.name}: rows were changed between a forward pass and its backward one, whose gradients "
-                "would be wrong; nothing was added.\nRun backward before the optimizer's step, or forward again."
+                "would be wrong; none was added to them.\nCall zero_grad, and run backward before the optimizer's step."
             )
         order = used.order
         # a forward pass may be one of several of the same tokens, or of an evaluation
@@ -197,7 +197,7 @@ class _SparseRows(torch.autograd.Function):
             grad_products_PM = order.spread(grad_TKM if gate_TK is None else grad_TKM * gate_TK.unsqueeze(-1))
             # `autograd.grad` of other tensors, and `backward` with inputs, ask for none of rows
             holder = ctx.next_functions[1 if gate_TK is None else 2][0] if wants_rows else None
-            if holder is not None and torch._C._will_engine_execute_node(holder):
+            if holder is not None and _is_asked_for(holder, used.store):
                 active_PM = order.spread(_gated(products_TKM, gate_TK) * fires_TKM)
                 places, fired, is_new = ctx.gradients.places(used.block_ids, device)
                 for flags_M, some_token_M in zip(fired, used.any_token(fires_TKM), strict=True):
@@ -216,6 +216,17 @@ class _SparseRows(torch.autograd.Function):
                 grad_hidden_TD = _summed_over_slots(grad_PD, order, torch.empty_like(hidden_TD))
         # the gradient of rows is where it belongs already
         return grad_hidden_TD, grad_gate_TK, None, None, None, None, None, None
+
+
+def _is_asked_for(holder: Any, store: RowStore) -> bool:
+    """Whether the pass that is going on wants gradients of rows."""
+    try:
+        return torch._C._will_engine_execute_node(holder)
+    except RuntimeError as error:  # a gradient that is to be returned, and not kept
+        raise RowStoreError(
+            f"{store.name}: got torch.autograd.grad of what stands for rows in a store, whose gradients lie in that; "
+            "nothing was added.\nUse backward, or leave out parameters with `meft_gradients` in their names."
+        ) from error
 
 
 def _add_row_gradients(
