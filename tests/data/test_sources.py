@@ -160,3 +160,20 @@ def test_a_name_that_nothing_knows_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError, match=r"'nothing' is neither a file nor a folder, .* Couldn't find nothing"):
         list(read_rows("nothing"))
+
+
+def test_what_arrow_fills_in_is_no_part_of_a_call(tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": given}}]},
+            ]
+        }
+        for given in ({"city": "Paris"}, {"date": "today"})
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "calls.parquet")
+    read = [row for _, row in read_rows(tmp_path / "calls.parquet")]
+    assert read == rows
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    assert [row for _, row in read_rows(tmp_path / "saved")] == rows

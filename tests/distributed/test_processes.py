@@ -59,7 +59,7 @@ def test_one_process_has_nothing_to_shard_over() -> None:
         for_ranks(config(fsdp=True), Ranks())
 
 
-@pytest.mark.parametrize("method", ["mezo", "lisa", "galore", "adalora"])
+@pytest.mark.parametrize("method", ["mezo", "lisa", "galore", "adalora", "lora_fa"])
 def test_a_procedure_of_one_process_is_refused_by_name(method: str) -> None:
     with pytest.raises(ConfigError, match=f"method: {method} does not run in several processes: .*Start one"):
         for_ranks(config(method=method), TWO)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from transformers import DeepseekV2ForCausalLM, PreTrainedTokenizerFast
@@ -15,6 +16,7 @@ from metier.errors import DataError
 from metier.evaluation import generate
 from metier.evaluation.generate import Prompt, encode_prompts, generate_replies
 from metier.evaluation.tasks import load_task
+from tiny_models import tiny_model
 
 NEW_TOKENS = 12
 
@@ -48,6 +50,27 @@ def test_a_batch_answers_each_prompt_as_if_it_were_alone(
     assert [reply.text for reply in replies] == [
         tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in expected
     ]
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_behind_an_adapters_own_tokens_a_batch_answers_each_prompt_as_if_it_were_alone(
+    kind: str, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> None:
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    config = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[kind](**options)
+    torch.manual_seed(0)
+    base = tiny_model("llama", vocab_size=len(tokenizer))
+    with torch.no_grad():
+        # so that what is before a token, and how far, matters to it
+        for name, parameter in base.named_parameters():
+            if "_proj" in name:
+                parameter.mul_(20)
+    model = peft.get_peft_model(base, config).eval()
+    together, alone = (
+        generate_replies(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch_size=size) for size in (5, 1)
+    )
+    assert len({len(prompt.token_ids) for prompt in prompts}) >= 4
+    assert [reply.text for reply in together] == [reply.text for reply in alone]
 
 
 def test_a_reply_ends_at_the_stop_token_and_otherwise_is_cut(

@@ -378,6 +378,22 @@ def test_a_model_that_breaks_ends_every_answer_and_the_engine_says_so(world: Wor
     run(engine, body)
 
 
+def test_a_failure_without_a_text_is_no_finished_answer(world: World) -> None:
+    engine = world.start("law")
+
+    def broken(*_: Any) -> None:
+        raise MemoryError
+
+    async def body() -> None:
+        engine._batch._model.register_forward_pre_hook(broken)
+        answer = ask(engine, "law")
+        await tokens_of(answer)
+        assert answer.finish is not None
+        assert (answer.finish.reason, answer.finish.error) == ("error", "MemoryError()")
+
+    run(engine, body)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_engine_whose_deltas_cannot_move_any_more_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = world.start("law", "code", delta_memory_bytes=max(each.num_bytes for each in _statuses(world)))

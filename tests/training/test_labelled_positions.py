@@ -9,12 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, RecurrentGemmaConfig
 from trl import SFTTrainer
 
+from families.chain import made_model
+from families.configs import tiny_config
 from metier.config import RunConfig
+from metier.data.collate import Collator
 from metier.data.encode import Encoded
 from metier.methods.wrap import wrap
 from metier.training.labelled_positions import layers_of
+from metier.training.own_logits import has_plain_head
 from metier.training.trainer import make_trainer
 from tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
@@ -88,3 +93,64 @@ def test_a_batch_without_labels_and_one_whose_logits_are_wanted_go_trls_way(trai
     assert outputs.logits.shape == (*batch["input_ids"].shape, VOCAB_SIZE)
     loss = trainer.compute_loss(trainer.model, {**batch, "labels": torch.full_like(batch["labels"], -100)})
     assert float(loss.detach()) == 0
+
+
+@pytest.mark.parametrize("parts", [(3,), (1, 1, 1), (2, 1)])
+@pytest.mark.parametrize("accepts", [None, False])
+def test_a_step_is_the_same_however_its_records_are_parted(
+    accepts: bool | None, parts: tuple[int, ...], configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Also where a class says that its own loss cannot count a step's tokens, as Qwen3-VL's and Gemma 4's do."""
+    config = configure(method="full")
+    torch.manual_seed(0)
+    model = tiny_model("deepseek_v2")
+    if accepts is not None:
+        model.accepts_loss_kwargs = accepts
+    expected = model(**_batch(ITEMS)).logits[:, :-1].flatten(0, 1)
+    labels = _batch(ITEMS)["labels"][:, 1:].flatten()
+    wanted = torch.nn.functional.cross_entropy(expected, labels, ignore_index=-100)
+    wrapped = wrap(model, config, None)
+    made = make_trainer(wrapped, tiny_tokenizer(), ITEMS, config, tmp_path / "c", eval_items=None, callbacks=[])
+    made.current_gradient_accumulation_steps = len(parts)
+    firsts = [sum(parts[:number]) for number in range(len(parts))]
+    batches = [_batch(ITEMS[first : first + size]) for first, size in zip(firsts, parts, strict=True)]
+    num_items = made._get_num_items_in_batch(batches, torch.device("cpu"))
+    made.optimizer = torch.optim.SGD(made.model.parameters())
+    total = sum(made.training_step(made.model, batch, num_items) for batch in batches)
+    torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["recurrent_gemma", "inkling_text", "llama"])
+def test_a_run_trains_on_the_models_own_logits(kind: str, configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    if kind == "recurrent_gemma":
+        own = RecurrentGemmaConfig(
+            vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+            lru_width=32, logits_soft_cap=0.5,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(own)
+    elif kind == "inkling_text":
+        changed = tiny_config(kind)
+        changed.vocab_size, changed.unpadded_vocab_size = VOCAB_SIZE, VOCAB_SIZE - 8
+        model = made_model(changed)
+    else:
+        model = tiny_model(kind)
+    with torch.no_grad():
+        for parameter in model.get_output_embeddings().parameters():
+            parameter.mul_(30)
+    config = configure(method="full")
+    made = make_trainer(model, tiny_tokenizer(), ITEMS, config, tmp_path / "c", eval_items=None, callbacks=[])
+    batch = _batch(ITEMS)
+    made.model.eval()
+    with torch.no_grad():
+        got = made.compute_loss(made.model, dict(batch), num_items_in_batch=torch.tensor(NUM_LABELLED))
+        given = {name: value for name, value in batch.items() if name != "labels"}
+        logits = model(**given, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    wanted = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), ignore_index=-100)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert has_plain_head(model) is (kind == "llama")
+
+
+def _batch(items: list[Encoded]) -> dict[str, Tensor]:
+    batch = Collator(0)([{"input_ids": i.input_ids, "labels": i.labels, "origin": i.origin} for i in items])
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}

@@ -139,6 +139,7 @@ METHODS = (
         config="peft.PromptEncoderConfig",
         defaults={"num_virtual_tokens": 20, "task_type": "CAUSAL_LM", "encoder_hidden_size": 128},
         is_prompt=True,
+        not_resumable="PEFT saves the vectors that its network makes, and not the network",
     ),
     Method(
         name="prefix",
@@ -171,7 +172,7 @@ METHODS = (
         branch=_PROMPT,
         paper="arXiv:2506.06266",
         provider="PEFT",
-        trains="a KV cache before a record's, begun from that of a text",
+        trains="a KV cache before a record's, begun at random",
         inference="its virtual tokens stand in every layer's KV cache",
         merges=False,
         config="peft.CartridgeConfig",

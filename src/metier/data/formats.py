@@ -137,7 +137,7 @@ def _message(item: object, where: str, role_key: str, content_key: str, roles: M
         raise DataError(f"{where}: unknown {role_key} {item[role_key]!r}, expected one of {', '.join(roles)}.{hint}")
     content = _content(item.get(content_key, ""), where, content_key)
     extra = {key: value for key, value in item.items() if key not in (role_key, content_key)}
-    if role == "assistant" and "tool_calls" not in extra:
+    if role == "assistant" and not extra.get("tool_calls"):
         _refuse_empty(content, f"{where}: the assistant's '{content_key}'")
     return Message(role=role, content=content, extra=extra)
 

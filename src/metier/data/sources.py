@@ -90,7 +90,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", row
+                    yield f"{path}, row {number}", _without_fill(row)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
 
@@ -156,7 +156,14 @@ def _rows_of_dataset(loaded: Any, source: str, split: str) -> Iterator[tuple[str
             raise DataError(f"{source}: no split '{split}'; it has {', '.join(loaded)}.")
         loaded = loaded[split]
     for number, row in enumerate(loaded, start=1):
-        yield f"{source}[{split}], row {number}", row
+        yield f"{source}[{split}], row {number}", _without_fill(row)
+
+
+def _without_fill(value: Any) -> Any:
+    """Without the None that Arrow puts where other rows have a key, at whatever depth: in a call's arguments too."""
+    if isinstance(value, dict):
+        return {key: _without_fill(item) for key, item in value.items() if item is not None}
+    return [_without_fill(item) for item in value] if isinstance(value, list) else value
 
 
 def _text(path: Path) -> str:

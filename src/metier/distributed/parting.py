@@ -17,6 +17,7 @@ _OPTIMIZERS_OF_ONE = {
     "mezo": "each process would walk in a direction of its own",
     "lisa": "the layers that are trained change, and a process waits for gradients of all",
     "galore": "its projections need a gradient whole",
+    "lora_fa": "PEFT's optimizer keeps its state under other names than a checkpoint of several processes has",
     "adalora": "its ranks are allotted by what one process sees",
 }
 

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftType
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from metier.data.pairs import encoder_ids, encoder_text
 from metier.data.records import Record
 from metier.errors import DataError
+from metier.evaluation.likelihood import has_prompt
 from metier.models.encoder_decoder import is_encoder_decoder
 
 MAX_PROMPT_TOKENS_IN_BATCH = 32_768
@@ -154,7 +156,9 @@ def generate_replies(
     )
     replies: dict[int, Reply] = {}
     has_encoder = is_encoder_decoder(model)
-    for batch in _batches_by_length(prompts, batch_size=batch_size):
+    # PEFT drops the positions of what stands behind its own tokens, so that padding would move them
+    batches = _batches_by_length(prompts, batch_size=batch_size, of_one_length=_drops_positions(model))
+    for batch in batches:
         sequences = [prompts[index].token_ids for index in batch]
         input_ids_BT, attention_mask_BT = _pad(sequences, pad_id=pad_id, on_left=not has_encoder)
         output_ids = model.generate(
@@ -171,19 +175,26 @@ def generate_replies(
     return [replies[index] for index in range(len(prompts))]
 
 
+def _drops_positions(model: PreTrainedModel) -> bool:
+    """Whether an adapter of PEFT puts tokens before a prompt, and has what follows counted from there, padding too."""
+    active: Any = getattr(model, "active_peft_config", None)
+    return has_prompt(model) and active.peft_type not in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+
+
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     configured = getattr(model.generation_config, "eos_token_id", None)
     stop_ids = set(configured) if isinstance(configured, (list, tuple)) else {configured}
     return {int(token_id) for token_id in {*stop_ids, tokenizer.eos_token_id} if token_id is not None}
 
 
-def _batches_by_length(prompts: Sequence[Prompt], *, batch_size: int) -> list[list[int]]:
+def _batches_by_length(prompts: Sequence[Prompt], *, batch_size: int, of_one_length: bool = False) -> list[list[int]]:
     """Indices of prompts, the longest first, so that the batch that needs most memory is the first to run."""
     batches: list[list[int]] = []
     for index in sorted(range(len(prompts)), key=lambda index: (-len(prompts[index].token_ids), index)):
         if batches and len(batches[-1]) < batch_size:
             longest = len(prompts[batches[-1][0]].token_ids)
-            if (len(batches[-1]) + 1) * longest <= MAX_PROMPT_TOKENS_IN_BATCH:
+            is_alike = not of_one_length or len(prompts[index].token_ids) == longest
+            if is_alike and (len(batches[-1]) + 1) * longest <= MAX_PROMPT_TOKENS_IN_BATCH:
                 batches[-1].append(index)
                 continue
         batches.append([index])

@@ -212,6 +212,11 @@ def _refuse_unprepared(method: Method, given: Mapping[str, Any]) -> None:
                 f"{method.name}: {name}: {given[name]} needs calls of PEFT that a run does not make, and would do "
                 "nothing. Leave it out, or make the adapter with PEFT itself."
             )
+    if str(given.get("init_lora_weights")).startswith("pissa_niter_"):
+        raise ConfigError(
+            f"{method.name}: init_lora_weights: {given['init_lora_weights']} draws at random again when the adapter is "
+            "loaded, and would be put on another base than it was trained on. Use pissa."
+        )
     if given.get("monteclora_config") is not None:
         raise ConfigError(f"{method.name}: monteclora_config adds to a loss that a run does not take. Leave it out.")
 

@@ -60,7 +60,12 @@ def attention_heads(model: nn.Module) -> list[AttentionHeads]:
         if isinstance(module, nn.Linear) and language_layer_index(f"{path}.") is not None:
             blocks.setdefault(parent, {})[name] = module
     num_groups = getattr(config, "num_key_value_heads", None) or num_heads
-    found = [_heads(path, children, num_heads, num_groups) for path, children in blocks.items() if _OUTPUT in children]
+    head_dim = getattr(config, "head_dim", None)
+    found = [
+        _heads(path, children, num_heads, num_groups, head_dim)
+        for path, children in blocks.items()
+        if _OUTPUT in children
+    ]
     if not found or not isinstance(num_heads, int):
         raise UnsupportedModelError(
             f"{type(bare).__name__}: no decoder layer has attention with separate projections q_proj (or q_b_proj), "
@@ -70,7 +75,9 @@ def attention_heads(model: nn.Module) -> list[AttentionHeads]:
     return sorted(found, key=lambda heads: heads.layer)
 
 
-def _heads(path: str, children: dict[str, nn.Module], num_heads: int | None, num_groups: int | None) -> AttentionHeads:
+def _heads(
+    path: str, children: dict[str, nn.Module], num_heads: int | None, num_groups: int | None, head_dim: int | None
+) -> AttentionHeads:
     queries = next((name for name in reversed(_QUERIES) if name in children), None)
     keys = next((names for names in _KEYS_AND_VALUES if all(name in children for name in names)), None)
     layer = language_layer_index(f"{path}.")
@@ -80,6 +87,15 @@ def _heads(path: str, children: dict[str, nn.Module], num_heads: int | None, num
             f"kv_b_proj) beside {_OUTPUT}.\nIts heads cannot be told apart: choose entries by another mask."
         )
     shapes = {name: tuple(child.weight.shape) for name, child in children.items()}  # type: ignore[arg-type]
+    if shapes[queries][0] % num_heads or (
+        # of latent attention a head's queries have parts of their own
+        queries == "q_proj" and head_dim and shapes[queries][0] // num_heads % head_dim
+    ):
+        raise UnsupportedModelError(
+            f"{path}: {queries} has {shapes[queries][0]} outputs, which are no {num_heads} heads of "
+            f"{head_dim or 'any'} "
+            "numbers; its layers may differ in theirs.\nChoose entries by another mask."
+        )
     parts = [_part(path, queries, 0, shapes[queries][0] // num_heads, 1, children)]
     parts += [_part(path, _OUTPUT, 1, shapes[_OUTPUT][1] // num_heads, 1)]
     for name in keys:

@@ -59,15 +59,20 @@ def fingerprint_of_any(model: nn.Module) -> str:
     """`fingerprint` where the model has expert layers that metier works on; else one that any model has.
 
     Without routers it covers every parameter of one axis (the norms' weights, and biases), which a model that was
-    tuned as a whole has moved.
+    tuned as a whole has moved; where there is none, the first rows of the embeddings.
     """
     bare = bare_model(model)
     try:
         return fingerprint(bare)
     except UnsupportedModelError:
         digest = hashlib.sha256(json.dumps(_essentials(bare, []), sort_keys=True).encode())
+    has_any = False
     for name, tensor in base_tensors(bare):
         if tensor.dim() == 1:
+            _add(digest, name, tensor, bare)
+            has_any = True
+    if not has_any:  # OLMo's norms have no weights
+        for name, tensor in _first_rows(bare):
             _add(digest, name, tensor, bare)
     return digest.hexdigest()
 
@@ -79,8 +84,16 @@ def fingerprint_tensors(model: nn.Module) -> list[Tensor]:
     try:
         layers = moe_layers(bare)
     except UnsupportedModelError:
-        return [tensor for _, tensor in base_tensors(bare) if tensor.dim() == 1]
+        found = [tensor for _, tensor in base_tensors(bare) if tensor.dim() == 1]
+        return found or [tensor for _, tensor in _first_rows(bare)]
     return [tensor for layer in layers for _, tensor in router_tensors(bare, layer)]
+
+
+def _first_rows(bare: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Of the embeddings, which are in memory whatever is in a store; enough to tell checkpoints apart."""
+    for name, tensor in base_tensors(bare):
+        if tensor.dim() == 2 and "embed" in name:
+            yield name, tensor[:16]
 
 
 def _add(digest: hashlib._Hash, name: str, tensor: Tensor, bare: nn.Module) -> None:

@@ -111,7 +111,11 @@ class PagedBatch:
 
     def start(self) -> None:
         self._is_running = True
-        self._manager.start()
+        manager = self._manager
+        manager.background_thread_status.clear()
+        # as the manager starts it, but that a process which has to end at once does not wait for it
+        manager._generation_thread = threading.Thread(target=manager._run_generation_loop, daemon=True)
+        manager._generation_thread.start()
 
     def stop(self) -> None:
         """End the loop after the running step; requests that are not done fail."""

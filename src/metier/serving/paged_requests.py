@@ -46,7 +46,8 @@ Outputs = Callable[[list[Any]], None]
 def failed(state: RequestState, error: Exception) -> Any:
     """The last output of a request that is not finished."""
     state.status = RequestStatus.FAILED
-    state.error = str(error)
+    # some exceptions have no text, such as Python's own MemoryError
+    state.error = str(error) or repr(error)
     return state.to_generation_output()
 
 

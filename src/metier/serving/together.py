@@ -30,6 +30,9 @@ from metier.serving.in_process import receive_of
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
 
+_MOST_TIMES = 4
+"""How much more than one body those that are made of it may be in all."""
+
 _log = logging.getLogger(__name__)
 _Body = TypeVar("_Body", bound=BaseModel)
 
@@ -81,11 +84,14 @@ class Together:
             await _error(refusal.status, str(refusal))(scope, receive, send)
 
     async def _ask(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asked = _parsed(_Ask, await self._body(scope, receive))
+        raw = await self._body(scope, receive)
+        asked = _parsed(_Ask, raw)
         if asked.path not in PATHS:
             raise _Refused(400, f"/page/ask: path {asked.path!r} cannot be asked; use {' or '.join(PATHS)}.")
         if len(asked.models) > self._max_models:
             raise _Refused(400, f"/page/ask: {len(asked.models)} models; ask at most {self._max_models} at once.")
+        if len(asked.models) * len(raw) > _MOST_TIMES * self._max_body_bytes:
+            raise _Refused(413, "/page/ask: the question is too long for so many models; ask fewer at once.")
         if len(set(asked.models)) < len(asked.models):
             raise _Refused(400, "/page/ask: a model is named twice; name each once.")
         if asked.id in self._gone:

@@ -67,7 +67,7 @@ from metier.training.telling import (
     tell_of_slow_bf16,
     tell_of_what_is_foreseen,
 )
-from metier.training.trainer import make_trainer
+from metier.training.trainer import balancing_of, make_trainer, put_back
 from metier.training.whole import make_whole
 
 
@@ -175,6 +175,7 @@ def _trained(
         elif not is_encoder_decoder(model):
             tell_of_padding(items, config, console)
         times, shards = StepTimes(), MeasureShards(console)
+        balancing = balancing_of(model)
         trainer = make_trainer(
             model,
             loaded.tokenizer,
@@ -204,6 +205,7 @@ def _trained(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, peak = time.monotonic() - started, int(largest(foresight.peak_memory_bytes()))
     make_whole(model)
+    put_back(model, balancing)
     model = pruned(model, config)
     if ranks.is_main:
         _save(model, loaded.tokenizer, folder)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,9 +30,12 @@ from metier.data.collate import Collator, PaddingFreeCollator
 from metier.data.encode import Item
 from metier.data.pairs import PairCollator, token_mean_loss
 from metier.models.encoder_decoder import decoder_start_token, is_encoder_decoder
+from metier.models.unwrap import bare_model
 from metier.training.give_back import GiveBack
 from metier.training.labelled_positions import keep_to_labelled_positions
 from metier.training.learning_rates import set_learning_rates
+from metier.training.not_finite import stop_at_not_finite
+from metier.training.own_logits import has_plain_head, train_on_own_logits
 from metier.training.procedures.chosen import procedure_of
 
 
@@ -82,12 +86,16 @@ def make_trainer(
             data_collator=(PaddingFreeCollator if config.padding_free else Collator)(pad_token),
             **common,
         )
+        # Some classes (Qwen3-VL, Gemma 4 …) say that their own loss cannot count a step's tokens, and the trainer then
+        # takes means of batches. TRL's loss, which is used here, can.
+        trainer.model_accepts_loss_kwargs = True
         if not procedure.has_own_loss:
-            keep_to_labelled_positions(trainer)
+            (keep_to_labelled_positions if has_plain_head(model) else train_on_own_logits)(trainer)
     if procedure.after is not None:
         procedure.after(trainer)
     if config.own_learning_rates:
         set_learning_rates(trainer, model, config.own_learning_rates)
+    stop_at_not_finite(trainer)
     for shown_elsewhere in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown_elsewhere)
     return trainer
@@ -124,6 +132,8 @@ def _arguments(config: RunConfig, checkpoints: Path, *, has_eval: bool) -> dict[
         "max_grad_norm": config.max_grad_norm,
         "seed": config.seed,
         "logging_steps": config.logging_steps,
+        # a loss that is no number would be logged as what was before it, or 0
+        "logging_nan_inf_filter": False,
         "report_to": config.report_to,
         "save_strategy": "no" if config.save_steps is None else "steps",
         "save_steps": 500 if config.save_steps is None else config.save_steps,
@@ -136,5 +146,24 @@ def _arguments(config: RunConfig, checkpoints: Path, *, has_eval: bool) -> dict[
     }
 
 
+def balancing_of(model: nn.Module) -> dict[str, Any]:
+    """What a model's configuration says of the loss that balances its router; TRL writes into it for the training."""
+    text_config = _text_config(model)
+    return {name: getattr(text_config, name) for name in _BALANCING if hasattr(text_config, name)}
+
+
+def put_back(model: nn.Module, balancing: dict[str, Any]) -> None:
+    """Have the configuration say so again, for what is saved of it is the model's."""
+    text_config = _text_config(model)
+    for name, value in balancing.items():
+        setattr(text_config, name, value)
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = bare_model(model).config
+    return config.get_text_config()
+
+
+_BALANCING = ("router_aux_loss_coef", "output_router_logits")
 _SHARDED: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
 """FSDP2; the decoder layers, as the model names them, are gathered one at a time."""

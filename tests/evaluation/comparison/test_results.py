@@ -91,3 +91,8 @@ def test_seconds_are_those_of_one_machine(comparison, write) -> None:
     assert rows["LoRA"].costs["step_seconds"] is None
     assert rows["LoRA"].costs["delta_bytes"] == 4000
     assert rows["ESFT"].num_seeds == 3
+
+
+def test_where_the_base_leads_nothing_below_it_is_tied_with_it(comparison, write) -> None:
+    rows = rows_of(filled(comparison, write, **{BASE: 50.0, FULL: 5.0, "ESFT": 5.0, "LoRA": 5.0}), "synopsis")
+    assert [row.label for row in rows if row.is_tied_with_best] == [BASE]

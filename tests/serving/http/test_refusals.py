@@ -8,9 +8,11 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from metier.errors import EngineError, OverloadedError, RequestError
+from metier.serving.http.chat_request import ChatRequest
 from serving.fake_engine import FakeEngine
 from serving.http.serving_app import chat, client_of
 from serving.made_tokenizers import byte_level
@@ -277,3 +279,41 @@ def test_more_answers_than_one_request_may_have_are_refused() -> None:
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nothing", 404), ("GET", CHAT, 405)])
 def test_what_is_not_there_is_told_in_the_same_format(app: TestClient, method: str, path: str, status: int) -> None:
     assert path in error_of(app.request(method, path), status)["message"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"prompt": "a", "echo": True, "n": 10**9},
+        {"prompt": ["a"] * 200_000, "echo": True},
+    ],
+)
+def test_more_answers_than_one_request_may_have_are_refused_before_any_work(
+    app: TestClient, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object) -> None:
+        raise AssertionError("nothing was to be encoded")
+
+    monkeypatch.setattr("metier.serving.http.generating._encoded", work)
+    error = error_of(app.post(COMPLETIONS, json={"model": "law", **asked}), 400)
+    assert error["message"].startswith("n: got ")
+
+
+def test_a_stop_that_is_a_book_is_refused(app: TestClient) -> None:
+    error = error_of(app.post(COMPLETIONS, json={"model": "law", "prompt": "a", "stop": "a" * 1001}), 400)
+    assert "got a text of 1001 characters, expected at most 1000" in error["message"]
+
+
+def test_of_many_wrong_messages_the_first_is_told_and_the_others_are_not_read(app: TestClient) -> None:
+    read = []
+
+    class Counted(dict[str, Any]):
+        def items(self) -> Any:
+            read.append(1)
+            return super().items()
+
+    with pytest.raises(ValidationError) as told:
+        ChatRequest.model_validate({"model": "law", "messages": [Counted(rol=0) for _ in range(100)]})
+    assert told.value.error_count() == 1
+    assert len(read) == 1
+    error_of(app.post(CHAT, json={"model": "law", "messages": [0] * 1000}), 400)

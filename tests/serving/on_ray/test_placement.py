@@ -11,6 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from metier.errors import DeltaError, UnknownDeltaError
+from metier.serving.contract import DeltaStatus
 from metier.serving.http.metrics import Metrics
 from metier.serving.on_ray.names import NamedDelta
 from metier.serving.on_ray.placement import Placement, num_that_fit
@@ -164,3 +165,35 @@ def test_a_client_that_leaves_does_not_end_what_others_wait_for() -> None:
 
     run(body)
     assert world.engine.log == ["bring law"]
+
+
+def test_a_client_that_leaves_while_its_delta_is_loaded_leaves_it_in_service() -> None:
+    class Slow(PlacingEngine):
+        async def load_delta(self, name: str, folder: Path, *, is_pinned: bool = False) -> DeltaStatus:
+            loading = asyncio.ensure_future(super().load_delta(name, folder, is_pinned=is_pinned))
+            await asyncio.sleep(0.05)  # a load that has begun goes on
+            return await asyncio.shield(loading)
+
+    async def body() -> None:
+        world = World()
+        world.engine.__class__ = Slow
+        leaving = asyncio.create_task(world.placement.make_ready(LAW))
+        await asyncio.sleep(0.01)
+        leaving.cancel()
+        await asyncio.sleep(0.2)
+        await world.placement.make_ready(LAW)
+        await world.placement.forget(LAW)
+        assert world.engine.deltas() == []
+
+    run(body)
+
+
+def test_a_late_request_for_a_former_delta_does_not_replace_the_newer_one() -> None:
+    async def body() -> None:
+        world, newer = World(), replace(LAW, folder=LAW.folder.with_name("law-2"), since_ns=LAW.since_ns + 1)
+        await world.placement.make_ready(newer)
+        with pytest.raises(UnknownDeltaError, match="a newer one has taken its name"):
+            await world.placement.make_ready(LAW)
+        assert [status.name for status in world.engine.deltas()] == ["law"]
+
+    run(body)

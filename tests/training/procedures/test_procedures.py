@@ -17,12 +17,15 @@ from torch import nn
 from transformers import TrainerState
 
 from metier.config import RunConfig
-from metier.errors import ConfigError
+from metier.data.encode import Encoded
+from metier.errors import ConfigError, RunError
 from metier.methods.wrap import wrap
+from metier.training import run as run_module
 from metier.training.procedures.chosen import procedure_of
 from metier.training.procedures.lisa import Lisa
 from metier.training.procedures.mezo import Mezo
 from metier.training.run import Foresight, train
+from metier.training.trainer import make_trainer
 from tiny_models import tiny_model, tiny_tokenizer
 
 Configure = Callable[..., RunConfig]
@@ -213,7 +216,7 @@ def test_a_run_that_stopped_resumes_to_the_same_bits(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("method", ["adalora", "galore", "cpt"])
+@pytest.mark.parametrize("method", ["adalora", "galore", "cpt", "p_tuning"])
 def test_what_cannot_be_resumed_is_refused_before_it_begins(method: str) -> None:
     with pytest.raises(ConfigError, match=f"a run of {method} cannot be taken up again, for"):
         config_of(method, save_steps=5)
@@ -344,3 +347,43 @@ def test_options_out_of_range_are_refused_before_anything_is_loaded(
 ) -> None:
     with pytest.raises(ConfigError, match=f"{option}: must be"):
         train(configure(method=method, method_options={option: value}), console=console)
+
+
+def test_galore_decays_weights_and_leaves_norms(dense, configure: Configure, tmp_path: Path) -> None:
+    pytest.importorskip("galore_torch")
+    config = configure(method="galore", weight_decay=0.1)
+    items = [Encoded(list(range(3, 10)), list(range(3, 10)), str(number)) for number in range(6)]
+    model = wrap(tiny_model("llama"), config, None)
+    trainer = make_trainer(model, tiny_tokenizer(), items, config, tmp_path, eval_items=None, callbacks=[])
+    groups = trainer.create_optimizer().param_groups
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        assert decay[id(parameter)] == (0.0 if "norm" in name else 0.1), name
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "mezo"])
+def test_a_step_that_is_no_number_ends_the_run_before_it_is_in_the_weights(
+    method: str, dense, configure: Configure, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run_module.make_trainer
+
+    def poisoned(*args: Any, **options: Any) -> Any:
+        trainer = plain(*args, **options)
+        compute = trainer.compute_loss
+
+        def loss(*args: Any, **options: Any) -> Any:
+            found = compute(*args, **options)
+            return found * float("nan") if trainer.state.global_step == 2 else found
+
+        trainer.compute_loss = loss
+        return trainer
+
+    monkeypatch.setattr(run_module, "make_trainer", poisoned)
+    config = configure(method=method, max_steps=4, **({"per_device_train_batch_size": 2} if method == "mezo" else {}))
+    with pytest.raises(RunError, match=r"not finite; nothing was updated(?s:.*)The 2 steps before are kept in (\S+)"):
+        train(config, console=console)
+    kept = Path(config.output_dir) / "checkpoints" / "checkpoint-2"
+    (path,) = kept.glob("*model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+    assert losses(Path(config.output_dir))[-1] > 0

@@ -81,7 +81,10 @@ def rows_of(cells: Cells, task: str) -> list[Row]:
     seeds = [_seeds(runs) for _, runs, *_ in found]
     leading = max(range(len(found)), key=lambda index: seeds[index].mean)
     # the base has no seeds to differ by
-    apart = [differs_from_one(seeds[leading], seeds[0]), *(differs(seeds[leading], one) for one in seeds[1:])]
+    if leading == 0:
+        apart = [False, *(differs_from_one(one, seeds[0]) for one in seeds[1:])]
+    else:
+        apart = [differs_from_one(seeds[leading], seeds[0]), *(differs(seeds[leading], one) for one in seeds[1:])]
     rows = [
         _row(cells, task, candidate, runs, rate, default, base, seeds[index], not apart[index], machine)
         for index, (candidate, runs, rate, default) in enumerate(found)

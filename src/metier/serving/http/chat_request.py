@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from metier.serving.http.fields import CheckedModel, refused
@@ -72,7 +72,8 @@ class ChatRequest(SamplingRequest):
         "continue_final_message": (False,),
     }
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    # of a million wrong messages the first is told
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)

@@ -28,10 +28,12 @@ def add_generating(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def complete(request: Request, asked: CompletionRequest) -> Response:
         service.delta_of(asked.model)
+        # before any work: a request may name a million prompts, or answers
+        service.check_number(len(asked.prompt) * asked.num_answers)
         prompts = await asyncio.to_thread(_encoded, service, asked.prompt)
         echoes = []
         if asked.echo:
-            texts = [p if isinstance(p, str) else service.detokenizer.decode(p) for p in asked.prompt]
+            texts = await asyncio.to_thread(_texts, service, asked.prompt)
             echoes = [text for text in texts for _ in range(asked.num_answers)]
         shape = CompletionShape(service.spelling, has_logprobs=asked.num_top_logprobs is not None, echoes=echoes)
         return await answer(request, asked, service.begin(asked, prompts), shape)
@@ -40,3 +42,7 @@ def add_generating(app: FastAPI, service: Service) -> None:
 def _encoded(service: Service, prompts: list[str | list[int]]) -> list[list[int]]:
     encoder = service.encoder
     return [encoder.encode_text(p) if isinstance(p, str) else encoder.check_ids(p) for p in prompts]
+
+
+def _texts(service: Service, prompts: list[str | list[int]]) -> list[str]:
+    return [p if isinstance(p, str) else service.detokenizer.decode(p) for p in prompts]

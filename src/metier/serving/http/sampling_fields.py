@@ -11,6 +11,8 @@ from pydantic_core import PydanticCustomError
 from metier.serving.http.fields import CheckedModel, refused
 
 MOST_STOPS = 4
+MOST_STOP_CHARS = 1000
+"""Each answer of a request follows them anew."""
 MOST_TOP_LOGPROBS = 20
 HARMLESS = frozenset(
     {
@@ -57,6 +59,9 @@ def _stops(value: Any) -> Any:
         raise PydanticCustomError("stop", "expected a text that is not empty, or a list of such texts")
     if len(stops) > MOST_STOPS:
         raise PydanticCustomError("stop", f"got {len(stops)} texts, expected at most {MOST_STOPS}")
+    longest = max(map(len, stops), default=0)
+    if longest > MOST_STOP_CHARS:
+        raise PydanticCustomError("stop", f"got a text of {longest} characters, expected at most {MOST_STOP_CHARS}")
     return tuple(stops)
 
 

@@ -51,7 +51,7 @@ class Service:
         delta = self.delta_of(request.model)
         answers: list[Answer] = []
         try:
-            self._check_number(len(prompts) * request.num_answers)
+            self.check_number(len(prompts) * request.num_answers)
             for prompt in prompts:
                 most_tokens = self._most_tokens(prompt, request)
                 for _ in range(request.num_answers):
@@ -73,7 +73,8 @@ class Service:
             self._closed = asyncio.create_task(self.engine.close(grace_seconds=self.settings.grace_seconds))
         await asyncio.shield(self._closed)
 
-    def _check_number(self, num_answers: int) -> None:
+    def check_number(self, num_answers: int) -> None:
+        """Raise a RequestError for more answers than one request may have."""
         if num_answers > self.settings.max_n:
             raise RequestError(
                 f"n: got {num_answers} answers (prompts times n), expected at most {self.settings.max_n} in one "

@@ -103,15 +103,24 @@ class Placement:
         """
         self._check_not_forgotten(delta)
         if self._named.get(delta.name) != delta:
-            async with self._lock(delta.name):
-                self._check_not_forgotten(delta)
-                former = self._named.get(delta.name)
-                if former is not None and former != delta:
-                    await self._unload(former)
-                if former != delta:
-                    await self._engine.load_delta(delta.name, delta.folder)
-                    self._named[delta.name] = delta
+            # of its own: the engine's load goes on when a client leaves, and has to be put down
+            task = asyncio.ensure_future(self._put(delta))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            await asyncio.shield(task)
         return next(status for status in self._engine.deltas() if status.name == delta.name)
+
+    async def _put(self, delta: NamedDelta) -> None:
+        async with self._lock(delta.name):
+            self._check_not_forgotten(delta)
+            former = self._named.get(delta.name)
+            if former is not None and former != delta:
+                if former.since_ns > delta.since_ns:
+                    raise UnknownDeltaError(f"delta {delta.name!r}: a newer one has taken its name.")
+                await self._unload(former)
+            if former != delta:
+                await self._engine.load_delta(delta.name, delta.folder)
+                self._named[delta.name] = delta
 
     async def forget(self, delta: NamedDelta) -> None:
         """Take a delta out of service, once its running requests are over."""

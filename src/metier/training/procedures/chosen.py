@@ -69,7 +69,8 @@ def procedure_of(config: RunConfig, model: nn.Module) -> Procedure:
             scale = {"r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
             return Procedure(optimizer=create_lorafa_optimizer(model, **scale, **rates))
         case "galore":
-            return Procedure(arguments=_galore(options))
+            decay = config.weight_decay
+            return Procedure(arguments=_galore(options), after=lambda trainer: _decay_galore(trainer, decay))
         case "mezo":
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimizer = Mezo(trained, **rates, epsilon=options["mezo_epsilon"], seed=config.seed)
@@ -135,6 +136,26 @@ def _galore(options: dict[str, Any]) -> dict[str, Any]:
         "optim_target_modules": [r".*layers\.\d+\..*(attn|mlp|feed_forward|experts).*"],
         "optim_args": ", ".join(f"{name}={value}" for name, value in options.items()),
     }
+
+
+def _decay_galore(trainer: Trainer, weight_decay: float) -> None:
+    """Have GaLore's optimizer decay weights as any other does; transformers makes its groups without."""
+    create = trainer.create_optimizer
+
+    def created(*args: Any, **options: Any) -> Optimizer:
+        optimizer: Optimizer = create(*args, **options)
+        names = set(trainer.get_decay_parameter_names(trainer.model))
+        decayed = {id(parameter) for name, parameter in trainer.model.named_parameters() if name in names}
+        parted = []
+        for group in optimizer.param_groups:
+            for is_decayed in (True, False):
+                params = [parameter for parameter in group["params"] if (id(parameter) in decayed) is is_decayed]
+                if params:
+                    parted.append({**group, "params": params, "weight_decay": weight_decay if is_decayed else 0.0})
+        optimizer.param_groups[:] = parted
+        return optimizer
+
+    trainer.create_optimizer = created
 
 
 def _row_optimizer(config: RunConfig) -> tuple[type[Optimizer], dict[str, Any]]:

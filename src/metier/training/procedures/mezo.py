@@ -6,6 +6,7 @@ memory of inference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer
+
+from metier.errors import NotFiniteError
 
 
 class Mezo(Optimizer):
@@ -64,6 +67,12 @@ class Mezo(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Go down the slopes that were measured since the last step, summed: their batches' losses are a sum too."""
+        if not all(math.isfinite(slope) for _, slope in self._measured):
+            self._measured.clear()
+            raise NotFiniteError(
+                "mezo: got a slope that is not finite; nothing was updated.\nWhat was trained before is good. Lower "
+                "the learning rate or mezo_epsilon, or compute in a wider dtype."
+            )
         for seed, slope in self._measured:
             for group, parameter, direction in self._directions(seed):
                 parameter.add_(direction, alpha=-group["lr"] * slope)
