@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, OlmoConfig, PreTrainedModel
 
 from metier.errors import UnsupportedModelError
-from metier.models.fingerprint import fingerprint
+from metier.models.fingerprint import fingerprint, fingerprint_of_any
 from tiny_models import tiny_model
 
 
@@ -90,6 +90,16 @@ def test_what_is_not_covered_does_not_change_it() -> None:
         model.model.layers[0].mlp.experts.down_proj.add_(1)
         model.model.layers[0].self_attn.q_proj.weight.add_(1)
     assert fingerprint(model) == before
+
+
+def test_where_no_norm_has_weights_the_embeddings_count() -> None:
+    config = OlmoConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    first, second = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    assert not any(parameter.dim() == 1 for parameter in first.parameters())
+    assert fingerprint_of_any(first) != fingerprint_of_any(second)
+    second.load_state_dict(first.state_dict())
+    assert fingerprint_of_any(first) == fingerprint_of_any(second)
 
 
 def test_a_dense_model_has_none() -> None:

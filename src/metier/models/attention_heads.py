@@ -9,7 +9,7 @@ from torch import nn
 from metier.errors import UnsupportedModelError
 from metier.models.base_parameters import base_modules, language_layer_index
 from metier.models.encoder_decoder import refuse_encoder_decoder
-from metier.models.unwrap import bare_model
+from metier.models.unwrap import bare_model, base_module
 
 _QUERIES = ("q_proj", "q_b_proj")
 _KEYS_AND_VALUES = (("k_proj", "v_proj"), ("kv_b_proj",))
@@ -60,9 +60,8 @@ def attention_heads(model: nn.Module) -> list[AttentionHeads]:
         if isinstance(module, nn.Linear) and language_layer_index(f"{path}.") is not None:
             blocks.setdefault(parent, {})[name] = module
     num_groups = getattr(config, "num_key_value_heads", None) or num_heads
-    head_dim = getattr(config, "head_dim", None)
     found = [
-        _heads(path, children, num_heads, num_groups, head_dim)
+        _heads(path, children, num_heads, num_groups, base_module(bare, path))
         for path, children in blocks.items()
         if _OUTPUT in children
     ]
@@ -76,7 +75,7 @@ def attention_heads(model: nn.Module) -> list[AttentionHeads]:
 
 
 def _heads(
-    path: str, children: dict[str, nn.Module], num_heads: int | None, num_groups: int | None, head_dim: int | None
+    path: str, children: dict[str, nn.Module], num_heads: int | None, num_groups: int | None, module: nn.Module | None
 ) -> AttentionHeads:
     queries = next((name for name in reversed(_QUERIES) if name in children), None)
     keys = next((names for names in _KEYS_AND_VALUES if all(name in children for name in names)), None)
@@ -87,14 +86,15 @@ def _heads(
             f"kv_b_proj) beside {_OUTPUT}.\nIts heads cannot be told apart: choose entries by another mask."
         )
     shapes = {name: tuple(child.weight.shape) for name, child in children.items()}  # type: ignore[arg-type]
-    if shapes[queries][0] % num_heads or (
-        # of latent attention a head's queries have parts of their own
-        queries == "q_proj" and head_dim and shapes[queries][0] // num_heads % head_dim
-    ):
+    # families may give layers different numbers of heads (Laguna, Step-3.7): the module has the size of one
+    head_dim = getattr(module, "head_dim", None)
+    if queries == "q_proj" and keys == _KEYS_AND_VALUES[0] and isinstance(head_dim, int):
+        num_heads = shapes[_OUTPUT][1] // (getattr(module, "v_head_dim", None) or head_dim)
+        num_groups = shapes[keys[0]][0] // head_dim
+    if shapes[queries][0] % num_heads or shapes[_OUTPUT][1] % num_heads:
         raise UnsupportedModelError(
-            f"{path}: {queries} has {shapes[queries][0]} outputs, which are no {num_heads} heads of "
-            f"{head_dim or 'any'} "
-            "numbers; its layers may differ in theirs.\nChoose entries by another mask."
+            f"{path}: {queries} has {shapes[queries][0]} outputs and {_OUTPUT} {shapes[_OUTPUT][1]} inputs, which are "
+            f"no {num_heads} heads.\nIts heads cannot be told apart: choose entries by another mask."
         )
     parts = [_part(path, queries, 0, shapes[queries][0] // num_heads, 1, children)]
     parts += [_part(path, _OUTPUT, 1, shapes[_OUTPUT][1] // num_heads, 1)]

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from families.chain import made_model
+from families.configs import tiny_config
 from metier.errors import ConfigError, DataError
 from metier.methods.sparse_delta.masks import top_entries as module
 from metier.methods.sparse_delta.masks.gradients import fisher, gradient_sums
@@ -13,6 +15,7 @@ from metier.methods.sparse_delta.masks.hard_concrete import fixed_gates, open_ch
 from metier.methods.sparse_delta.masks.random import random_entries
 from metier.methods.sparse_delta.masks.shares import evenly_spaced, shares
 from metier.methods.sparse_delta.masks.top_entries import top_entries
+from metier.models.attention_heads import attention_heads
 
 
 def plain_top(scores, count, *, largest=True):
@@ -192,3 +195,20 @@ def test_gates_are_closed_as_often_as_their_chance_says():
     torch.testing.assert_close(fixed_gates(alpha, lower=-1.5, upper=1.5)[0], expected)
     assert fixed_gates(torch.tensor(5.0), lower=-1.5, upper=1.5) == 1
     assert fixed_gates(torch.tensor(-5.0), lower=-1.5, upper=1.5) == 0
+
+
+def test_layers_may_have_different_numbers_of_heads() -> None:
+    config = tiny_config("laguna")
+    per_layer = [config.num_attention_heads] * config.num_hidden_layers
+    per_layer[1] *= 2
+    config.num_attention_heads_per_layer = per_layer
+    model = made_model(config)
+    found = attention_heads(model)
+    assert [heads.num_heads for heads in found] == per_layer
+    for heads, layer in zip(found, model.model.layers, strict=True):
+        queries, output = (
+            next(part for part in heads.parts if part.path.endswith(f"{name}.weight")) for name in ("q_proj", "o_proj")
+        )
+        assert queries.size == output.size == layer.self_attn.head_dim
+        keys = next(part for part in heads.parts if part.path.endswith("k_proj.weight"))
+        assert (keys.size, keys.heads_per_slice) == (layer.self_attn.head_dim, layer.self_attn.num_key_value_groups)

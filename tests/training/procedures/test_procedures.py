@@ -303,6 +303,11 @@ def test_layers_to_transform_hold_where_parts_are_named(family: str, targets: st
         ("houlsby", {"lora_dropout": 0.5}, "lora_dropout: houlsby has no such option"),
         ("supertuning", {"lora_r": 4}, "lora_r: supertuning has no such option"),
         ("lora", {"method_options": {"init_lora_weights": "eva"}}, "needs calls of PEFT that a run does not make"),
+        (
+            "lora",
+            {"method_options": {"init_lora_weights": "pissa_niter_4"}},
+            "draws at random again when the adapter is",
+        ),
         ("adamss", {"method_options": {"use_asa": True}}, "needs calls of PEFT that a run does not make"),
     ],
 )
