@@ -354,6 +354,23 @@ def test_what_cannot_be_kept_is_not_served(tmp_path: Path) -> None:
     run(body)
 
 
+def test_what_cannot_be_taken_off_the_list_stays_in_service() -> None:
+    from metier.errors import EngineError
+
+    async def body() -> None:
+        world = World()
+        world.keep_error = EngineError("it cannot be kept")
+        with pytest.raises(EngineError, match="cannot be kept"):
+            await world.front.engine.unload_delta("law")
+        assert world.names.get("law") is not None
+        assert all("law" in replica.deltas for replica in world.replicas)
+        world.keep_error = None
+        await world.front.engine.unload_delta("law")
+        assert world.names.get("law") is None
+
+    run(body)
+
+
 def test_a_load_is_made_whole_though_its_client_leaves(tmp_path: Path) -> None:
     async def body() -> None:
         world = World()

@@ -60,6 +60,10 @@ class Names:
         finally:
             self._coming.remove(name)
 
+    def restore(self, delta: NamedDelta) -> None:
+        """One that is leaving stays."""
+        self._deltas[delta.name] = delta
+
     @contextmanager
     def leaving(self, name: str) -> Iterator[NamedDelta]:
         """A delta that is not served from now on; its name is free once the block is over.

@@ -112,7 +112,11 @@ class Replicas:
 
     async def _unload(self, name: str) -> None:
         with self._names.leaving(name) as delta:
-            await self._keep(self._names.all())
+            try:
+                await self._keep(self._names.all())
+            except BaseException:
+                self._names.restore(delta)
+                raise
             # where a replica has died meanwhile, nothing of it is left there
             await self._ask_all("forget", delta)
 
