@@ -64,6 +64,7 @@ from metier.training.telling import (
     peak_beside_foreseen,
     step_beside_foreseen,
     tell_of_padding,
+    tell_of_repeats,
     tell_of_slow_bf16,
     tell_of_what_is_foreseen,
 )
@@ -174,6 +175,7 @@ def _trained(
             check_records_stay_apart(model, items.items)
         elif not is_encoder_decoder(model):
             tell_of_padding(items, config, console)
+        tell_of_repeats(len(items.items), config, ranks.size, console)
         times, shards = StepTimes(), MeasureShards(console)
         balancing = balancing_of(model)
         trainer = make_trainer(

@@ -24,6 +24,16 @@ def tell_of_padding(items: EncodedSet[Item], config: RunConfig, console: Console
         console.print(f"{share:.0%} of what a batch computes is padding; padding_free: true leaves it out.")
 
 
+def tell_of_repeats(num_records: int, config: RunConfig, num_processes: int, console: Console) -> None:
+    """Say that several processes fill an epoch's last round of batches with its first records, where they have to."""
+    num_filled = -num_records % (config.per_device_train_batch_size * num_processes)
+    if num_processes > 1 and num_filled:
+        console.print(
+            f"{num_filled} of an epoch's first records are trained on again at its end, so that each of "
+            f"{num_processes} processes has a whole batch; one process would have them once."
+        )
+
+
 def tell_of_slow_bf16(model: PreTrainedModel, config: RunConfig, console: Console) -> None:
     """Say that this CPU computes bfloat16 slowly, where the run would have it so."""
     if model.device.type != "cpu" or not (config.bf16 or model.dtype == torch.bfloat16):
