@@ -24,7 +24,7 @@ class Experts(nn.Module):
 
 def made() -> tuple[Experts, RoutingCapture, RoutingCounter]:
     experts, counter = Experts(), RoutingCounter(num_layers=1, num_experts=3)
-    layer = SimpleNamespace(in_encoder=False, entry=experts, path="layers.0.experts")
+    layer = SimpleNamespace(in_encoder=False, entry=experts, path="layers.0.experts", num_experts=3)
     return experts, RoutingCapture([layer], counter), counter  # type: ignore[list-item]
 
 
@@ -43,6 +43,15 @@ def test_inputs_are_counted_by_position_or_by_keyword() -> None:
         with capture.watch(), capture.batch(HALF_T):
             call(experts)
         check(counter)
+
+
+def test_a_slot_of_weight_0_reached_no_expert() -> None:
+    """ZAYA gives a token that skips its experts the id of expert 0; Switch one over capacity that of the full expert."""
+    experts, capture, counter = made()
+    weights_TK = torch.tensor([[0.0, 0.25], [0.5, 0.5], [1.0, 0.0]])
+    with capture.watch(), capture.batch(HALF_T):
+        experts(torch.zeros(3, 4), IDS_TK, weights_TK)
+    assert counter.token_counts_HLE().sum((0, 1)).tolist() == [0, 1, 2]
 
 
 def test_a_batch_handed_over_in_chunks_is_counted_whole() -> None:

@@ -103,11 +103,3 @@ def test_norms_are_there_only_where_they_are_counted() -> None:
     counter = RoutingCounter(num_layers=1, num_experts=3, with_output_norms=True)
     with pytest.raises(AssertionError, match="output norms are counted always or never"):
         counter.add(0, torch.zeros(1, 1).long(), torch.ones(1, 1), torch.zeros(1).long())
-
-
-def test_a_slot_of_weight_0_reached_no_expert() -> None:
-    """ZAYA gives a token that skips its experts the id of expert 0; Switch one over capacity that of the full expert."""
-    counter = RoutingCounter(num_layers=1, num_experts=4)
-    ids_TK, weights_TK = torch.tensor([[0], [0], [0], [2]]), torch.tensor([[0.0], [0.0], [0.3], [0.7]])
-    counter.add(0, ids_TK, weights_TK, torch.zeros(4, dtype=torch.int64))
-    assert counter.token_counts_GLE().sum((0, 1)).tolist() == [1, 0, 1, 0]

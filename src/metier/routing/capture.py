@@ -102,6 +102,9 @@ class RoutingCapture:
                     routing_weights_TK,
                     num_experts=self._layers[position].num_experts,
                 )
+            # some families give a slot that reaches nobody a real expert's id, and a weight of 0 (ZAYA, Switch)
+            nobody = self._layers[position].num_experts
+            expert_ids_TK = expert_ids_TK.long().masked_fill(routing_weights_TK == 0, nobody)
             self._counter.add(position, expert_ids_TK, routing_weights_TK, group_T, norms_TK)
 
         return count

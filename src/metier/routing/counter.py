@@ -45,8 +45,8 @@ class RoutingCounter:
 
         Args:
             position: of the layer among the counted ones.
-            expert_ids_TK: chosen experts, any integer dtype, (num_tokens, top_k); ids from num_experts on, and any
-                whose weight is 0, are slots that reached no expert and are not counted.
+            expert_ids_TK: chosen experts, any integer dtype, (num_tokens, top_k); ids from num_experts on are
+                slots that reached no expert and are not counted.
             routing_weights_TK: their weights as the experts get them, any floating dtype,
                 (num_tokens, top_k).
             group_T: 0 to num_groups - 1, int64, (num_tokens,): the group that the token's sequence belongs
@@ -59,9 +59,7 @@ class RoutingCounter:
             expert_ids_TK, routing_weights_TK = expert_ids_TK.cpu(), routing_weights_TK.cpu()
             output_norms_TK = None if output_norms_TK is None else output_norms_TK.cpu()
         group_T1 = group_T.to(expert_ids_TK.device)[:, None]
-        # some families give a slot that reaches nobody a real expert's id, and a weight of 0 (ZAYA, Switch)
-        expert_ids_TK = expert_ids_TK.long().masked_fill(routing_weights_TK == 0, self._num_experts)
-        bins = (expert_ids_TK.clamp(max=self._num_experts) + group_T1 * (self._num_experts + 1)).flatten()
+        bins = (expert_ids_TK.long().clamp(max=self._num_experts) + group_T1 * (self._num_experts + 1)).flatten()
         _accumulate(self._counts, position, torch.bincount(bins, minlength=self._num_bins))
         _accumulate(self._mass_steps, position, self._steps(bins, routing_weights_TK))
         if self._norm_steps is not None and output_norms_TK is not None:
