@@ -7,6 +7,7 @@ PEFT puts `base_model.model.` before every path and hides a tuned module under a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,6 +25,12 @@ def bare_model(model: nn.Module) -> nn.Module:
         return model
     assert isinstance(inner, nn.Module), f"PEFT returned {type(inner).__name__} as the base model"
     return bare_model(inner)
+
+
+def text_config_of(model: nn.Module) -> Any:
+    """The configuration of the part of a transformers model that reads text, the model maybe wrapped by PEFT."""
+    config: Any = bare_model(model).config
+    return config.get_text_config()
 
 
 def base_path(path: str) -> str:

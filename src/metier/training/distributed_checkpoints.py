@@ -33,6 +33,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from metier.distributed.ranks import ranks_here
 from metier.memory.step_gradients import step_gradients_of
+from metier.training.bare_optimizer import bare_optimizer
 
 STATE = "distributed"
 """The folder in a checkpoint."""
@@ -56,9 +57,9 @@ def keep_by_ranks(trainer: Trainer, checkpoint: Path | None) -> None:
 
     def load_optimizer(path: str | None) -> None:
         if path is not None and (Path(path) / STATE).is_dir():
-            _load_optimizer_state(trainer.model, _bare(trainer.optimizer), Path(path))
+            _load_optimizer_state(trainer.model, bare_optimizer(trainer.optimizer), Path(path))
         elif path is not None and (trainer.is_fsdp_enabled or _has_rows(trainer, path)):
-            _load_whole_optimizer(_bare(trainer.optimizer), Path(path))
+            _load_whole_optimizer(bare_optimizer(trainer.optimizer), Path(path))
         else:
             own["_load_optimizer_and_scheduler"](path)
             return
@@ -76,7 +77,7 @@ def keep_by_ranks(trainer: Trainer, checkpoint: Path | None) -> None:
 def _has_rows(trainer: Trainer, path: str) -> bool:
     """Whether several processes train rows: the trainer itself would read all of their state to a device."""
     is_saved = (Path(path) / OPTIMIZER_NAME).is_file()
-    return ranks_here().are_several and is_saved and _has_stores(_bare(trainer.optimizer))
+    return ranks_here().are_several and is_saved and _has_stores(bare_optimizer(trainer.optimizer))
 
 
 @contextmanager
@@ -93,7 +94,7 @@ def _read_into_host_memory(model: nn.Module) -> Iterator[None]:
 
 
 def _save(trainer: Trainer, folder: Path) -> None:
-    optimizer = _bare(trainer.optimizer)
+    optimizer = bare_optimizer(trainer.optimizer)
     folder.mkdir(parents=True, exist_ok=True)
     if not _has_stores(optimizer):
         state = {
@@ -144,12 +145,6 @@ def _parted(value: Any, like: torch.Tensor) -> Any:
     if not isinstance(like, DTensor) or not isinstance(value, torch.Tensor) or value.shape != like.shape:
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def _bare(optimizer: Any) -> Optimizer:
-    """Without what accelerate wraps around it."""
-    found: Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return found
 
 
 def _has_stores(optimizer: Optimizer) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer
 
 from metier.errors import NotFiniteError
+from metier.training.bare_optimizer import bare_optimizer
 
 
 def stop_at_not_finite(trainer: Trainer) -> None:
@@ -22,8 +23,8 @@ def stop_at_not_finite(trainer: Trainer) -> None:
 
     def checked(model: nn.Module, grad_norm: Any = None) -> Any:
         norm = plain(model, grad_norm=grad_norm)
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        if not getattr(optimizer, "updates_stores", False) and not math.isfinite(_number(norm)):
+        looks_itself = getattr(bare_optimizer(trainer.optimizer), "updates_stores", False)
+        if not looks_itself and not math.isfinite(_number(norm)):
             raise NotFiniteError(
                 f"step {trainer.state.global_step + 1}: got gradients with values that are not finite; nothing was "
                 "updated.\nWhat was trained before is good. Lower the learning rate, clip gradients, or "

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
 
-from metier.data.encode import IGNORED
-from metier.models.unwrap import bare_model
+from metier.data.pairs import token_mean_loss
+from metier.models.unwrap import text_config_of
 
 _BEHIND_THE_LAYERS = ("logits_mup_width_multiplier", "unpadded_vocab_size", "logits_soft_cap", "output_logit_soft_cap")
 """Of configurations: Inkling divides hidden states and leaves padding out of the vocabulary; RecurrentGemma and xLSTM
@@ -25,8 +25,7 @@ cap logits under names of their own. (TRL 1.16 knows `final_logit_softcapping` a
 
 def has_plain_head(model: nn.Module) -> bool:
     """Whether TRL's output layer gives the model's own logits."""
-    config: Any = bare_model(model).config
-    text_config = config.get_text_config()
+    text_config = text_config_of(model)
     return all(getattr(text_config, name, None) is None for name in _BEHIND_THE_LAYERS)
 
 
@@ -44,12 +43,7 @@ def train_on_own_logits(trainer: SFTTrainer) -> None:
         outputs = model(**given, use_cache=False)
         # virtual tokens stand before the record's
         logits_BTV = outputs.logits[:, -labels_BT.shape[1] :]
-        wanted_N = labels_BT[:, 1:].flatten()
-        total = torch.nn.functional.cross_entropy(
-            logits_BTV[:, :-1].flatten(0, 1).float(), wanted_N, ignore_index=IGNORED, reduction="sum"
-        )
-        num_tokens = (wanted_N != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        loss = total / num_tokens
+        loss = token_mean_loss(CausalLMOutput(logits=logits_BTV[:, :-1]), labels_BT[:, 1:], num_items_in_batch)
         if trainer.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * trainer.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss

@@ -30,7 +30,7 @@ from metier.data.collate import Collator, PaddingFreeCollator
 from metier.data.encode import Item
 from metier.data.pairs import PairCollator, token_mean_loss
 from metier.models.encoder_decoder import decoder_start_token, is_encoder_decoder
-from metier.models.unwrap import bare_model
+from metier.models.unwrap import text_config_of
 from metier.training.give_back import GiveBack
 from metier.training.labelled_positions import keep_to_labelled_positions
 from metier.training.learning_rates import set_learning_rates
@@ -148,20 +148,15 @@ def _arguments(config: RunConfig, checkpoints: Path, *, has_eval: bool) -> dict[
 
 def balancing_of(model: nn.Module) -> dict[str, Any]:
     """What a model's configuration says of the loss that balances its router; TRL writes into it for the training."""
-    text_config = _text_config(model)
+    text_config = text_config_of(model)
     return {name: getattr(text_config, name) for name in _BALANCING if hasattr(text_config, name)}
 
 
 def put_back(model: nn.Module, balancing: dict[str, Any]) -> None:
     """Have the configuration say so again, for what is saved of it is the model's."""
-    text_config = _text_config(model)
+    text_config = text_config_of(model)
     for name, value in balancing.items():
         setattr(text_config, name, value)
-
-
-def _text_config(model: nn.Module) -> Any:
-    config: Any = bare_model(model).config
-    return config.get_text_config()
 
 
 _BALANCING = ("router_aux_loss_coef", "output_router_logits")

@@ -51,6 +51,23 @@ def dense_gradient(gradients: StepGradients) -> Tensor:
     return whole
 
 
+def check_against(
+    expected: Tensor, inputs: list[Tensor], ids: Tensor, store: RowStore, *, gated: bool, **options
+) -> None:
+    """`expected` was made of `inputs` (hidden states, gates, rows): outputs and all gradients are to be the same."""
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    (expected * weight).sum().backward()
+    hidden, gate = (tensor.detach().clone().requires_grad_() for tensor in inputs[:2])
+    gradients = StepGradients(store)
+    out = sparse_rows(hidden, ids, gate if gated else None, gradients, **options)
+    (out * weight).sum().backward()
+    torch.testing.assert_close(out, expected, **TOLERANCE)
+    torch.testing.assert_close(hidden.grad, inputs[0].grad, **TOLERANCE)
+    torch.testing.assert_close(dense_gradient(gradients), inputs[2].grad, rtol=1e-4, atol=1e-4)
+    if gated:
+        torch.testing.assert_close(gate.grad, inputs[1].grad, **TOLERANCE)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 63, 257])
 @pytest.mark.parametrize("num_active", [1, 3, N])
 @pytest.mark.parametrize("gated", [True, False])
@@ -60,18 +77,7 @@ def test_outputs_and_gradients_are_those_of_plain_loops(num_tokens, num_active, 
     top_k = min(top_k, num_active * M)
     inputs = [t.clone().requires_grad_() for t in (hidden_TD, gate_TK, store.rows_NMWD)]
     expected = reference(inputs[0], ids, inputs[1] if gated else None, inputs[2], top_k)
-    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    (expected * weight).sum().backward()
-
-    hidden, gate, gradients = hidden_TD.clone().requires_grad_(), gate_TK.clone().requires_grad_(), StepGradients(store)
-    out = sparse_rows(hidden, ids, gate if gated else None, gradients, top_k=top_k)
-    (out * weight).sum().backward()
-
-    torch.testing.assert_close(out, expected, **TOLERANCE)
-    torch.testing.assert_close(hidden.grad, inputs[0].grad, **TOLERANCE)
-    torch.testing.assert_close(dense_gradient(gradients), inputs[2].grad, rtol=1e-4, atol=1e-4)
-    if gated:
-        torch.testing.assert_close(gate.grad, inputs[1].grad, **TOLERANCE)
+    check_against(expected, inputs, ids, store, gated=gated, top_k=top_k)
 
 
 def test_one_key_expert_may_have_all_tokens():
@@ -169,18 +175,7 @@ def test_the_rows_of_a_union_fire_for_every_token_in_outputs_and_gradients(gated
         # a token's gates stand in the order of its Key-Experts
         products = products * inputs[1].gather(1, ids.argsort(1)).unsqueeze(-1)
     expected = torch.einsum("tnm,nmd->td", products.relu() * chosen_NM, inputs[2][:, :, 1])
-    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    (expected * weight).sum().backward()
-
-    hidden, gate, gradients = hidden_TD.clone().requires_grad_(), gate_TK.clone().requires_grad_(), StepGradients(store)
-    out = sparse_rows(hidden, ids, gate if gated else None, gradients, top_k=1, chosen_NM=chosen_NM)
-    (out * weight).sum().backward()
-
-    torch.testing.assert_close(out, expected, **TOLERANCE)
-    torch.testing.assert_close(hidden.grad, inputs[0].grad, **TOLERANCE)
-    torch.testing.assert_close(dense_gradient(gradients), inputs[2].grad, rtol=1e-4, atol=1e-4)
-    if gated:
-        torch.testing.assert_close(gate.grad, inputs[1].grad, **TOLERANCE)
+    check_against(expected, inputs, ids, store, gated=gated, top_k=1, chosen_NM=chosen_NM)
 
 
 def test_bfloat16_inputs_give_float32_gradients_of_rows():

@@ -89,10 +89,7 @@ class Placement:
         if self._load is None:
             self._load = self._multiplex(self._bring, self.capacity())
         # of its own, so that a client that leaves does not end what others wait for, nor Ray's book become wrong
-        task = asyncio.ensure_future(self._load(delta.name))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        await asyncio.shield(task)
+        await self._to_its_end(self._load(delta.name))
 
     async def put(self, delta: NamedDelta) -> DeltaStatus:
         """Have a delta in service; another one that had its name before is taken out first.
@@ -104,11 +101,15 @@ class Placement:
         self._check_not_forgotten(delta)
         if self._named.get(delta.name) != delta:
             # of its own: the engine's load goes on when a client leaves, and has to be put down
-            task = asyncio.ensure_future(self._put(delta))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            await asyncio.shield(task)
+            await self._to_its_end(self._put(delta))
         return next(status for status in self._engine.deltas() if status.name == delta.name)
+
+    async def _to_its_end(self, change: Awaitable[object]) -> None:
+        """Whether or not the client waits for it."""
+        task = asyncio.ensure_future(change)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
 
     async def _put(self, delta: NamedDelta) -> None:
         async with self._lock(delta.name):

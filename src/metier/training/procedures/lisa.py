@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from metier.errors import ConfigError
 from metier.models.layers import layer_stacks
+from metier.training.bare_optimizer import bare_optimizer
 
 
 class Lisa(TrainerCallback):
@@ -54,7 +55,7 @@ class Lisa(TrainerCallback):
         for index in self.chosen(draw, len(layers)):
             layers[index].requires_grad_(True)
         if optimizer is not None:
-            _forget_resting(getattr(optimizer, "optimizer", optimizer))
+            _forget_resting(bare_optimizer(optimizer))
 
     def chosen(self, draw: int, num_layers: int) -> list[int]:
         """The layers of one draw."""

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from metier.errors import NotFiniteError
+from metier.training.bare_optimizer import bare_optimizer
 
 
 class Mezo(Optimizer):
@@ -111,7 +112,7 @@ def measure_by_forward_passes(trainer: Trainer, num_directions: int) -> None:
     def training_step(model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         model.train()
         inputs = trainer._prepare_inputs(inputs)
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        optimizer = bare_optimizer(trainer.optimizer)
         assert isinstance(optimizer, Mezo), f"the procedure sets its own optimizer, got {type(optimizer).__name__}"
 
         def loss(seed: int) -> Tensor:
