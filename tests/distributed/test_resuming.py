@@ -55,6 +55,7 @@ def test_another_number_of_processes_goes_on(
     assert len(resumed) == 10
     for step, line in straight.items():
         assert resumed[step]["loss"] == pytest.approx(line["loss"], rel=LOSS)
+        assert resumed[step]["num_tokens"] == line["num_tokens"]
     rows, others = (
         load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("straight", "run")
     )
@@ -78,6 +79,28 @@ def test_rows_in_stores_go_on_to_the_same_bits(after: Side, tmp_path: Path, run_
     )
     for name, tensor in rows.items():
         assert (tensor == others[name]).all(), name
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [(2, ""), ONE], ids=str)
+def test_a_sparse_delta_goes_on_with_the_entries_of_its_checkpoint(
+    after: Side, world: Path, tmp_path: Path, run_file: Callable[..., Path]
+) -> None:
+    options = {"model": str(world / "dense"), "method": "fishmask", "save_steps": 5, "select_top_k": None}
+    done = start((2, ""), str(run_file("run", **options)))
+    assert done.code == 0, done.text
+    shutil.copytree(tmp_path / "run", tmp_path / "straight")
+    without_the_last(tmp_path / "run")
+    again = start(after, str(run_file("run", **options)), "--resume_from_checkpoint", "last")
+    assert again.code == 0, again.text
+    entries, others = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("straight", "run")
+    )
+    assert entries.keys() == others.keys()
+    assert any(".sparse_delta_indices_" in name for name in entries)
+    for name, tensor in entries.items():
+        assert (tensor - others[name]).abs().max() < ROWS, name
 
 
 @pytest.mark.distributed

@@ -117,6 +117,30 @@ def test_generation_in_inference_mode_writes_the_same(family, tmp_path):
     assert torch.equal(*texts)
 
 
+ADAPTERS = {
+    "esft": lambda: EsftConfig(experts={1: [0, 2]}),
+    "expert_lora": lambda: ExpertLoraConfig(experts={1: [0, 2]}, r=2),
+    "meft": lambda: MeftConfig(r=64, num_key_experts=8, num_active_key_experts=4, top_k=8),
+    "lora": lambda: peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss"])
+def test_an_adapter_on_it_answers_the_same_in_inference_mode(family, kind, tmp_path):
+    base, answers = _saved(family, tmp_path / "base"), []
+    for loaded in (metier.load(base), load_frozen(base, store="host")):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(loaded.model, ADAPTERS[kind]())
+        _losses(model, 2)
+        model.eval()
+        with torch.inference_mode():
+            answers.append(model(_tokens()).logits)
+            answers.append(model.generate(input_ids=_tokens(), max_new_tokens=4, do_sample=False))
+    assert torch.equal(answers[0], answers[2])
+    assert torch.equal(answers[1], answers[3])
+
+
 def test_linear_layers_and_experts_are_in_the_store_and_nothing_else(tmp_path):
     model = load_frozen(_saved("deepseek_v2", tmp_path / "base")).model
     names = {name.rpartition("layers.")[2] for name, p in model.named_parameters() if isinstance(p, FrozenWeight)}

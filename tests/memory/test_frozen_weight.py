@@ -148,14 +148,29 @@ def test_every_way_to_look_at_it_shows_the_same_numbers(tmp_path, view):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
-    "view", [lambda w: w[1:3], lambda w: w[2], lambda w: w.mT, lambda w: w.detach(), lambda w: w * 2]
-)
+    "view",
+    [
+        lambda w: w[1:3], lambda w: w[2], lambda w: w.mT, lambda w: w.detach(), lambda w: w * 2, lambda w: w.double().mT,
+        lambda w: w.swapaxes(1, 2)[1:], lambda w: w[1].T, lambda w: w.view_as(w), lambda w: w.to(torch.half).float(),
+    ],
+)  # fmt: skip
 def test_views_are_made_in_inference_mode_too(tmp_path, view, mode):
     stack = torch.randn(5, 4, 6)
     weight = _frozen(stack, tmp_path)
     with mode():
         got = view(weight)
         assert torch.equal(got.numbers() if isinstance(got, FrozenWeight) else got, view(stack))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("view", [lambda w: w.mT, lambda w: w.swapaxes(1, 2), lambda w: w.float().mT[1:]])
+def test_of_transposed_stacks_only_what_is_asked_for_is_read_in_any_mode(tmp_path, reads, view, mode):
+    stack = torch.randn(5, 4, 6)
+    with mode():
+        some = view(_frozen(stack, tmp_path)).some([2, 0])
+        assert torch.equal(torch.stack(some), view(stack)[torch.tensor([2, 0])])
+    assert len(reads) == 1
+    assert len(reads[0]) == 2
 
 
 def test_experts_by_their_ids_are_all_that_is_read(tmp_path, reads):

@@ -38,6 +38,11 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def num_tokens(folder: Path) -> list[int]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["num_tokens"] for row in rows if "loss" in row]
+
+
 def test_a_run_leaves_the_folder_of_the_design(configure: Configure, console: Console) -> None:
     config = configure(save_steps=2)
     result = train(config, console=console)
@@ -197,7 +202,8 @@ def test_a_run_goes_on_from_the_last_checkpoint_that_was_written_in_full(
     configure: Configure, console: Console
 ) -> None:
     folder = train(configure(save_steps=1), console=console).folder
-    straight = delta(folder)
+    straight, counted = delta(folder), num_tokens(folder)
+    assert sorted(set(counted)) == counted
     shutil.rmtree(folder / "adapter")
     # killed after the last file of a checkpoint, before its marker, or while that was written
     (folder / "checkpoints" / "checkpoint-3" / "complete").unlink()
@@ -206,6 +212,7 @@ def test_a_run_goes_on_from_the_last_checkpoint_that_was_written_in_full(
     said = console.file.getvalue().replace("\n", "")  # type: ignore[attr-defined]
     assert re.findall(r"Resuming from \S*(checkpoint-\d)", said) == ["checkpoint-2"]
     assert same_bits(straight, delta(again.folder))
+    assert num_tokens(folder) == counted
     assert find_checkpoint(folder / "checkpoints", "last") == folder / "checkpoints" / "checkpoint-4"
 
 

@@ -193,6 +193,9 @@ class FrozenWeight(Tensor):
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         options = kwargs or {}
+        if func._can_decompose():
+            # in inference mode torch hands over operations whole that it otherwise takes apart: `mT` is a transpose
+            return func.decompose(*args, **options)
         first = args[0] if args else None
         if isinstance(first, FrozenWeight):
             known = _VIEWS.get(func)

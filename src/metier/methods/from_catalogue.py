@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -36,13 +37,17 @@ class NeedsWeightsError(UnsupportedModelError):
     """A method cannot be put on a model without weights, which is what a plan has."""
 
 
-def put_on(model: PreTrainedModel, config: RunConfig, batches: Iterable[Batch] = ()) -> peft.PeftModel:
+def put_on(
+    model: PreTrainedModel, config: RunConfig, batches: Iterable[Batch] = (), checkpoint: Path | None = None
+) -> peft.PeftModel:
     """The model with the run's method on it, checked to cover what it was to cover.
 
     Args:
         model: the base.
         config: the run.
         batches: of its data, for methods that look at them to choose what they train.
+        checkpoint: from which the run is going on. A sparse delta chooses nothing anew then: it has as many entries
+            as that one, whose file says which.
 
     Raises:
         UnsupportedModelError: the method does not fit this kind of model.
@@ -54,8 +59,11 @@ def put_on(model: PreTrainedModel, config: RunConfig, batches: Iterable[Batch] =
     made = adapter_config(model, config)
     parts = target_parts(method, config, model)
     has_weights = not any(parameter.is_meta for parameter in model.parameters())
-    if isinstance(made, SparseDeltaConfig) and made.needs_data and has_weights:
-        prepare(model, made, batches)
+    if isinstance(made, SparseDeltaConfig) and has_weights and made.entries is None:
+        if checkpoint is not None:
+            made.num_entries_by_parameter = SparseDeltaConfig.from_pretrained(checkpoint).num_entries_by_parameter
+        elif made.needs_data:
+            prepare(model, made, batches)
     try:
         wrapped = peft.get_peft_model(model, made)
     except MetierError:

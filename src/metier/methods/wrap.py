@@ -23,7 +23,11 @@ ROWS_FOLDER = "rows"
 
 
 def wrap(
-    model: PreTrainedModel, config: RunConfig, selection: ExpertSelection | None, batches: Iterable[Batch] = ()
+    model: PreTrainedModel,
+    config: RunConfig,
+    selection: ExpertSelection | None,
+    batches: Iterable[Batch] = (),
+    checkpoint: Path | None = None,
 ) -> PreTrainedModel | peft.PeftModel:
     """The model with exactly the method's parameters wanting gradients, in float32.
 
@@ -32,6 +36,7 @@ def wrap(
         config: the run.
         selection: of the methods that train selected experts.
         batches: of the run's data, for methods that look at them to choose what they train; read by those alone.
+        checkpoint: from which the run is going on; its adapter is loaded later, by the trainer.
 
     Raises:
         SelectionError: the selection does not fit the model.
@@ -44,7 +49,7 @@ def wrap(
     if config.method == "meft":
         return peft.get_peft_model(model, meft_config(config))
     if not selects_experts(config):
-        return put_on(model, config, batches)
+        return put_on(model, config, batches, checkpoint)
     assert selection is not None, "a run on selected experts selects before it wraps"
     if config.method == "expert_lora":
         lora = ExpertLoraConfig.from_selection(

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from metier.distributed.ranks import largest, ranks_here, total
 from metier.memory.process_memory import ProcessMemory
@@ -45,14 +46,16 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-class CountTokens(TrainerCallback):
+class CountTokens(TrainerCallback, ExportableState):
     """Puts `num_tokens` into what is logged: the records' tokens that the model was trained on, padding left out.
 
-    TRL's own number is right for padded batches alone. This callback stands before those that use the number.
+    Those before the checkpoint from which a run goes on count too; checkpoints keep the number. TRL's own is right for
+    padded batches alone, and begins anew. This callback stands before those that use the number.
     """
 
     def __init__(self, *, num_passes: int = 1) -> None:
         self._num_counted, self._num_passes = 0, num_passes
+        self._num_before, self._num_at_checkpoint = 0, 0
         self._hook: RemovableHandle | None = None
 
     def on_train_begin(
@@ -64,12 +67,18 @@ class CountTokens(TrainerCallback):
         **_: Any,
     ) -> None:
         assert model is not None, "the trainer passes its model to every callback"
+        self._num_before = self._num_at_checkpoint = num_tokens_before(state)
+        # the trainer writes into what checkpoints of older runs do not have
+        state.stateful_callbacks[_COUNT] = self.state()
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    @property
-    def num_tokens(self) -> int:
-        """Each once, however many passes there are over a batch."""
-        return self._num_counted // self._num_passes
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {"num_passes": self._num_passes}, "attributes": {"num_tokens": self._num_at_checkpoint}}
+
+    def _num_tokens(self) -> int:
+        """Each once, however many passes there are over a batch; all processes must ask."""
+        return self._num_before + int(total(self._num_counted // self._num_passes))
 
     def _count(self, model: nn.Module, _: tuple[Any, ...], batch: dict[str, Any]) -> None:
         if model.training:
@@ -86,12 +95,25 @@ class CountTokens(TrainerCallback):
         **_: Any,
     ) -> None:
         if logs is not None and ("num_tokens" in logs or "loss" in logs):
-            logs["num_tokens"] = total(self.num_tokens)
+            logs["num_tokens"] = self._num_tokens()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if control.should_save or not ranks_here().are_several:  # a run that ends by an error is saved, where it is one
+            self._num_at_checkpoint = self._num_tokens()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+
+def num_tokens_before(state: TrainerState) -> int:
+    """Tokens that a run had been trained on at the checkpoint from which it goes on; 0 where it begins."""
+    return int(state.stateful_callbacks.get(_COUNT, {}).get("attributes", {}).get("num_tokens", 0))
+
+
+_COUNT = CountTokens.__name__
+"""As the trainer names what it keeps of a callback."""
 
 
 def num_record_tokens(attention_mask_BT: Tensor | None, position_ids_RT: Tensor | None) -> int:
@@ -140,10 +162,10 @@ class MetricsLog(TrainerCallback):
         self.foreseen = {
             f"foreseen_{name}": foreseen[name] for name in ("step_seconds", "peak_memory_bytes") if name in foreseen
         }
-        self._started, self._num_logged = 0.0, 0
+        self._started, self._num_logged, self._num_before = 0.0, 0, 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._started = time.monotonic()
+        self._started, self._num_before = time.monotonic(), num_tokens_before(state)
         if not ranks_here().is_main:
             return
         kept = []
@@ -168,7 +190,7 @@ class MetricsLog(TrainerCallback):
         seconds = time.monotonic() - self._started
         row: dict[str, float | str] = {"step": state.global_step, **(logs or {})}
         if logs and "num_tokens" in logs and "loss" in logs and seconds > 0:
-            row["tokens_per_second"] = round(logs["num_tokens"] / seconds, 1)
+            row["tokens_per_second"] = round((logs["num_tokens"] - self._num_before) / seconds, 1)
         since = self.times.seconds[self._num_logged :]
         if since:
             row["step_seconds"] = round(fmean(since), 4)
@@ -189,10 +211,11 @@ class ShowProgress(TrainerCallback):
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._started = 0.0
-        self._first_step = 0
+        self._first_step, self._num_before = 0, 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._started, self._first_step = time.monotonic(), state.global_step
+        self._num_before = num_tokens_before(state)
         if not self.console.is_terminal:
             return
         columns = (
@@ -224,7 +247,7 @@ class ShowProgress(TrainerCallback):
         seconds = time.monotonic() - self._started
         facts = f"loss {float(logs['loss']):.3f}"
         if "num_tokens" in logs:
-            facts += f", {logs['num_tokens'] / max(seconds, 1e-9):,.0f} tokens/s"
+            facts += f", {(logs['num_tokens'] - self._num_before) / max(seconds, 1e-9):,.0f} tokens/s"
         facts += f", peak {peak_memory_bytes() / 2**30:.2f} GB"
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, facts=facts)

@@ -33,6 +33,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from metier.distributed.ranks import ranks_here
 from metier.memory.step_gradients import step_gradients_of
+from metier.methods.sparse_delta import SparseDeltaLayer
 from metier.training.bare_optimizer import bare_optimizer
 
 STATE = "distributed"
@@ -50,7 +51,11 @@ def keep_by_ranks(trainer: Trainer, checkpoint: Path | None) -> None:
 
     def load_model(path: str, model: nn.Module | None = None) -> None:
         if (Path(path) / STATE).is_dir():
-            _load_trained(trainer.model if model is None else model, Path(path))
+            trained = trainer.model if model is None else model
+            if any(isinstance(module, SparseDeltaLayer) for module in trained.modules()):
+                # which entries its values are for, only the adapter's file beside them says
+                own["_load_from_checkpoint"](path, model)
+            _load_trained(trained, Path(path))
         elif not trainer.is_fsdp_enabled:
             with _read_into_host_memory(trainer.model if model is None else model):
                 own["_load_from_checkpoint"](path, model)

@@ -154,7 +154,7 @@ def _trained(
     set_seed(config.seed)
     looked_at = batches_to_look_at(items.items, loaded.tokenizer, config)
     with gone_after_error(folder.rows):
-        model = wrap(loaded.model, config, selection, looked_at)
+        model = wrap(loaded.model, config, selection, looked_at, checkpoint)
         plan = training_plan(
             model,
             method=config.method,

@@ -19,7 +19,9 @@ from transformers import TrainerState
 from metier.config import RunConfig
 from metier.data.encode import Encoded
 from metier.errors import ConfigError, RunError
+from metier.methods import from_catalogue
 from metier.methods.wrap import wrap
+from metier.models.load import load
 from metier.training import run as run_module
 from metier.training.procedures.chosen import procedure_of
 from metier.training.procedures.lisa import Lisa
@@ -101,6 +103,21 @@ def test_mezo_lowers_the_loss_and_counts_each_token_once(dense, configure: Confi
     assert sum(found[-4:]) < sum(found[:4])
     other = train(configure("lora", method="lora", **options), console=console)
     assert losses(result.folder, "num_tokens") == losses(other.folder, "num_tokens")
+
+
+def test_mezo_decays_what_the_trainer_decays(dense, base: Path, configure: Configure, tmp_path: Path) -> None:
+    config = configure(method="mezo", weight_decay=0.5, learning_rate=0.1)
+    model = wrap(load(str(base)).model, config, None)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    items = [Encoded(list(range(5, 25)), list(range(5, 25)), "here")]
+    trainer = make_trainer(model, tiny_tokenizer(), items, config, tmp_path / "c", eval_items=None, callbacks=[])
+    trainer.optimizer.measure(lambda _: torch.zeros(()))  # level ground: a step is its decay
+    trainer.optimizer.step()
+    norms = [name for name in before if "norm" in name]
+    assert norms
+    for name, parameter in model.named_parameters():
+        expected = before[name] if name in norms else before[name] * (1 - 0.1 * 0.5)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
 # LISA
@@ -212,6 +229,18 @@ def test_a_run_that_stopped_resumes_to_the_same_bits(
     (folder / "run.yaml").write_text(configure("stopped", **options).to_yaml())
     resumed = train(configure("stopped", resume_from_checkpoint="last", **options), console=console)
     first, second = saved(straight.folder), saved(resumed.folder)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert losses(straight.folder, "num_tokens") == losses(resumed.folder, "num_tokens")
+
+
+def test_what_a_checkpoint_has_chosen_is_not_chosen_again(
+    dense, configure: Configure, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"method": "fishmask", "save_steps": 2, "max_steps": 2}
+    first = saved(train(configure(**options), console=console).folder)
+    monkeypatch.setattr(from_catalogue, "prepare", lambda *_: pytest.fail("chosen again"))
+    second = saved(train(configure(resume_from_checkpoint="last", **options), console=console).folder)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -74,8 +74,13 @@ def procedure_of(config: RunConfig, model: nn.Module) -> Procedure:
         case "mezo":
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimizer = Mezo(trained, **rates, epsilon=options["mezo_epsilon"], seed=config.seed)
-            directions = options["mezo_directions"]
-            return Procedure(optimizer=optimizer, after=lambda trainer: measure_by_forward_passes(trainer, directions))
+            directions, decay = options["mezo_directions"], config.weight_decay
+
+            def prepared(trainer: Trainer) -> None:
+                _decay_as_usual(trainer, optimizer, decay)
+                measure_by_forward_passes(trainer, directions)
+
+            return Procedure(optimizer=optimizer, after=prepared)
         case "lisa":
             lisa = Lisa(num_layers=options["lisa_layers"], interval=options["lisa_interval"], seed=config.seed)
             return Procedure(callbacks=[lisa])
@@ -144,18 +149,25 @@ def _decay_galore(trainer: Trainer, weight_decay: float) -> None:
 
     def created(*args: Any, **options: Any) -> Optimizer:
         optimizer: Optimizer = create(*args, **options)
-        names = set(trainer.get_decay_parameter_names(trainer.model))
-        decayed = {id(parameter) for name, parameter in trainer.model.named_parameters() if name in names}
-        parted = []
-        for group in optimizer.param_groups:
-            for is_decayed in (True, False):
-                params = [parameter for parameter in group["params"] if (id(parameter) in decayed) is is_decayed]
-                if params:
-                    parted.append({**group, "params": params, "weight_decay": weight_decay if is_decayed else 0.0})
-        optimizer.param_groups[:] = parted
+        _decay_as_usual(trainer, optimizer, weight_decay)
         return optimizer
 
     trainer.create_optimizer = created
+
+
+def _decay_as_usual(trainer: Trainer, optimizer: Optimizer, weight_decay: float) -> None:
+    """Have an optimizer decay what the trainer's own would: all but biases and norms."""
+    if not weight_decay:
+        return
+    names = set(trainer.get_decay_parameter_names(trainer.model))
+    decayed = {id(parameter) for name, parameter in trainer.model.named_parameters() if name in names}
+    parted = []
+    for group in optimizer.param_groups:
+        for is_decayed in (True, False):
+            params = [parameter for parameter in group["params"] if (id(parameter) in decayed) is is_decayed]
+            if params:
+                parted.append({**group, "params": params, "weight_decay": weight_decay if is_decayed else 0.0})
+    optimizer.param_groups[:] = parted
 
 
 def _row_optimizer(config: RunConfig) -> tuple[type[Optimizer], dict[str, Any]]:
