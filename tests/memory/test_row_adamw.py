@@ -156,6 +156,18 @@ def test_lazy_updates_leave_other_rows_at_rest_and_count_for_each_row():
     torch.testing.assert_close(now[0, 1], parameter.detach(), **EXACT)
 
 
+def updates_in_place(patch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows are updated where they lie, call by call from now on."""
+    calls, update = [], row_update._update_in_place
+
+    def counted(chunks, pieces, *rest):
+        calls.append(len(pieces.row_ids))
+        update(chunks, pieces, *rest)
+
+    patch.setattr(row_update, "_update_in_place", counted)
+    return calls
+
+
 @settings(max_examples=60)
 @given(
     steps=st.lists(
@@ -165,11 +177,12 @@ def test_lazy_updates_leave_other_rows_at_rest_and_count_for_each_row():
     ),
     mode=st.sampled_from(["lazy", "exact"]),
 )
-def test_wide_rows_are_updated_in_place_to_the_bits_of_copies(steps, mode):
+def test_rows_are_updated_in_place_to_the_bits_of_copies(steps, mode):
     stores = []
-    for in_place_bytes in (1, 1 << 30):
+    for in_place_bytes in (0, 1 << 30):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(row_update, "IN_PLACE_BYTES", in_place_bytes)
+            calls = updates_in_place(patch)
             store = RowStore(N, M, 8)
             store.rows_NMWD.copy_(torch.randn(N, M, 2, 8, generator=torch.Generator().manual_seed(0)))
             gradients = StepGradients(store)
@@ -180,21 +193,24 @@ def test_wide_rows_are_updated_in_place_to_the_bits_of_copies(steps, mode):
                 give(gradients, dense, blocks, torch.rand(N, M, generator=generator) < 0.6)
                 sparse.step()
                 sparse.zero_grad()
-            assert sparse._rows[id(gradients)]._chunks[None].in_place == (in_place_bytes == 1)
+            # a step in which no row fired updates none
+            assert bool(calls) == (in_place_bytes == 0 and bool(store.array("steps").any()))
             sparse.state_dict()
         stores.append(store)
     for name in ("rows", "exp_avg", "exp_avg_sq", "steps"):
         assert torch.equal(stores[0].array(name), stores[1].array(name)), name
 
 
-def test_neighbours_whose_gradients_lie_apart_are_updated_in_place_each_with_its_own():
+def test_neighbours_whose_gradients_lie_apart_are_updated_in_place_each_with_its_own(monkeypatch):
     stores = []
+    monkeypatch.setattr(row_update, "IN_PLACE_BYTES", 1)
     for in_place in (True, False):
         store = RowStore(1, 4, 8)
         store.rows_NMWD.copy_(torch.arange(64.0).view(1, 4, 2, 8))
         row_state.add_state(store, "float32")
         chunks = row_update.RowChunks(store, "float32")
-        chunks.in_place = in_place
+        assert chunks.can_be_in_place
+        chunks.can_be_in_place = in_place
         grads = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
         places = torch.tensor([2, 0, 1, 3])
         row_update.update_rows(chunks, torch.arange(4), grads, places, row_update.StepSettings(1e-2, 0.1), seed=0)
@@ -204,20 +220,31 @@ def test_neighbours_whose_gradients_lie_apart_are_updated_in_place_each_with_its
 
 
 @pytest.mark.parametrize(
-    ("hidden_size", "state_dtype", "row_dtype", "in_place"),
+    ("hidden_size", "state_dtype", "row_dtype", "row_ids", "in_place"),
     [
-        (2048, "float32", "float32", True),
-        (2040, "float32", "float32", False),
-        (2056, "float32", "float32", True),
-        (2052, "float32", "float32", False),
-        (2048, "bfloat16", "float32", False),
-        (2048, "float32", "bfloat16", False),
+        (2048, "float32", "float32", range(0, 8, 2), True),
+        (2040, "float32", "float32", range(0, 8, 2), False),
+        # half as wide, but two and two side by side
+        (1024, "float32", "float32", (0, 1, 3, 4), True),
+        (1024, "float32", "float32", (0, 1, 3, 5), False),
+        (8, "float32", "float32", range(8), False),
+        # not of 16 numbers a piece
+        (2052, "float32", "float32", range(8), False),
+        (2048, "bfloat16", "float32", range(8), False),
+        (2048, "float32", "bfloat16", range(8), False),
     ],
 )
-def test_only_wide_rows_that_are_float32_throughout_are_updated_in_place(hidden_size, state_dtype, row_dtype, in_place):
-    store = RowStore(1, 1, hidden_size, dtype=getattr(torch, row_dtype))
+def test_only_long_pieces_that_are_float32_throughout_are_updated_in_place(
+    hidden_size, state_dtype, row_dtype, row_ids, in_place, monkeypatch
+):
+    store = RowStore(2, 4, hidden_size, dtype=getattr(torch, row_dtype))
     row_state.add_state(store, state_dtype)
-    assert row_update.RowChunks(store, state_dtype).in_place == in_place
+    calls, ids = updates_in_place(monkeypatch), torch.tensor(list(row_ids))
+    settings_of_step, grads = row_update.StepSettings(1e-2, 0.1), torch.ones(len(ids), 2 * hidden_size)
+    chunks = row_update.RowChunks(store, state_dtype)
+    row_update.update_rows(chunks, ids, grads, torch.arange(len(ids)), settings_of_step, seed=0)
+    assert calls == ([len(ids)] if in_place else [])
+    assert store.array("steps").flatten().nonzero().flatten().tolist() == ids.tolist()
 
 
 def test_ordinary_parameters_get_torchs_adamw():

@@ -1,8 +1,8 @@
-"""AdamW over some rows of a store: wide rows where they lie, narrow ones in chunks that stay in the cache.
+"""AdamW over some rows of a store: where they lie if those are long pieces, else in chunks that stay in the cache.
 
-torch's fused kernel takes lists of tensors. Rows that are wide enough, in float32, are such tensors, together with
-their neighbours where those have seen as many steps. Of others a chunk's rows and moments are gathered, updated, and
-put back: three reads and three writes of what is touched, whatever else the store holds.
+torch's fused kernel takes lists of tensors. A row in float32 is such a tensor, together with its neighbours where those
+have seen as many steps. Where such pieces are short, a chunk's rows and moments are gathered, updated, and put back:
+three reads and three writes of what is touched, whatever else the store holds.
 
 `lazy_update` leaves all other rows at rest, as torch's SparseAdam does, but with a step count for each row. A row that
 is never touched neither decays nor moves on by its momentum. `catch_up` makes good for that: it takes the steps that a
@@ -34,7 +34,7 @@ DEVICE_CHUNK_BYTES = 32 << 20
 """The same on an accelerator, which has no use for its cache here; not measured."""
 
 IN_PLACE_BYTES = 16 << 10
-"""Rows of so many bytes are updated in place: less and a list of them costs more than copies."""
+"""Pieces of so many bytes in the mean are updated in place: less and a list of them costs more than copies."""
 _KERNEL_NUMBERS = 16
 """The kernel works on so many numbers at once, and on what is left over by another path, which may round otherwise."""
 
@@ -90,7 +90,7 @@ class RowChunks:
     def __init__(self, bank: RowBank, state_dtype: str) -> None:
         self.bank, self.state = bank, RowState(bank, state_dtype)
         columns, on_cpu = 2 * bank.hidden_size, bank.device.type == "cpu"
-        self.in_place = is_in_place(columns, bank.dtype, state_dtype, on_cpu=on_cpu)
+        self.can_be_in_place = _can_be_in_place(columns, bank.dtype, state_dtype, on_cpu=on_cpu)
         self.num_rows = _rows_of_chunk(columns, on_cpu=on_cpu)
 
     @property
@@ -126,10 +126,9 @@ class RowChunks:
         self.state.write(row_ids, (first_SC, second_SC), generator)
 
 
-def is_in_place(columns: int, dtype: torch.dtype, state_dtype: str, *, on_cpu: bool) -> bool:
-    """Whether rows of so many numbers are updated where they lie."""
-    is_plain = on_cpu and state_dtype == "float32" and dtype == torch.float32
-    return is_plain and 4 * columns >= IN_PLACE_BYTES and columns % _KERNEL_NUMBERS == 0
+def _can_be_in_place(columns: int, dtype: torch.dtype, state_dtype: str, *, on_cpu: bool) -> bool:
+    """Whether rows of so many numbers could be updated where they lie, to the same bits."""
+    return on_cpu and state_dtype == "float32" and dtype == torch.float32 and columns % _KERNEL_NUMBERS == 0
 
 
 def _rows_of_chunk(columns: int, *, on_cpu: bool) -> int:
@@ -148,7 +147,7 @@ def buffer_bytes(
         on_cpu: where the rows are updated.
     """
     columns = 2 * hidden_size
-    if is_in_place(columns, dtype, state_dtype, on_cpu=on_cpu) and not is_exact:
+    if _can_be_in_place(columns, dtype, state_dtype, on_cpu=on_cpu) and 4 * columns >= IN_PLACE_BYTES and not is_exact:
         return 0
     return 4 * min(_rows_of_chunk(columns, on_cpu=on_cpu), num_rows) * columns * 4
 
@@ -173,9 +172,13 @@ def update_rows(
         settings: of this step.
         seed: of the random rounding, where something is kept in bfloat16; another for each step.
     """
-    if chunks.in_place:
-        _update_in_place(chunks, row_ids, grads_GC, grad_ids, settings)
+    if not len(row_ids):
         return
+    if chunks.can_be_in_place:
+        pieces = _Pieces(chunks.state.steps_R, row_ids, grad_ids)
+        if 4 * len(row_ids) * grads_GC.shape[1] >= IN_PLACE_BYTES * len(pieces.firsts):
+            _update_in_place(chunks, pieces, grads_GC, settings)
+            return
     steps_R, generator = chunks.state.steps_R, torch.Generator(chunks.bank.device).manual_seed(seed)
     for ids, places, steps in _sorted_chunks(row_ids, grad_ids, steps_R, chunks.num_rows):
         rows_SC, first_SC, second_SC, grads_SC = chunks.read(ids)
@@ -192,24 +195,30 @@ def update_rows(
     steps_R.index_add_(0, row_ids, torch.ones_like(row_ids, dtype=steps_R.dtype))
 
 
-def _update_in_place(
-    chunks: RowChunks, row_ids: Tensor, grads_GC: Tensor, grad_ids: Tensor, settings: StepSettings
-) -> None:
-    """`update_rows` without copies: neighbours with equal counts of steps are one tensor to the kernel."""
-    if not len(row_ids):
-        return
-    steps_R = chunks.state.steps_R
-    steps_R.index_add_(0, row_ids, torch.ones_like(row_ids, dtype=steps_R.dtype))
-    steps_S = steps_R[row_ids]
-    is_first_S = torch.ones_like(row_ids, dtype=torch.bool)
-    is_first_S[1:] = (row_ids.diff() != 1) | (grad_ids.diff() != 1) | (steps_S.diff() != 0)
-    firsts = is_first_S.nonzero().flatten()
-    lengths = torch.cat([firsts, firsts.new_tensor([len(row_ids)])]).diff().tolist()
-    runs = list(zip(row_ids[firsts].tolist(), grad_ids[firsts].tolist(), lengths, strict=True))
-    rows_RC, first_RC, second_RC = chunks.arrays()
-    mine = [[array[row : row + length] for row, _, length in runs] for array in (rows_RC, first_RC, second_RC)]
-    grads = [grads_GC[place : place + length] for _, place, length in runs]
-    _fused_adamw([mine[0], grads, *mine[1:]], steps_S[firsts].tolist(), settings)
+class _Pieces:
+    """Rows that lie side by side, their gradients too, and have seen as many steps."""
+
+    def __init__(self, steps_R: Tensor, row_ids: Tensor, grad_ids: Tensor) -> None:
+        self.row_ids, self.grad_ids, self.steps_S = row_ids, grad_ids, steps_R[row_ids]
+        is_first_S = torch.ones_like(row_ids, dtype=torch.bool)
+        is_first_S[1:] = (row_ids.diff() != 1) | (grad_ids.diff() != 1) | (self.steps_S.diff() != 0)
+        self.firsts = is_first_S.nonzero().flatten()
+
+    def places(self) -> list[tuple[int, int, int]]:
+        """Of each its first row, that one's gradient, and how many there are."""
+        ends = self.firsts.new_tensor([len(self.row_ids)])
+        lengths = torch.cat([self.firsts, ends]).diff().tolist()
+        rows, grads = self.row_ids[self.firsts].tolist(), self.grad_ids[self.firsts].tolist()
+        return list(zip(rows, grads, lengths, strict=True))
+
+
+def _update_in_place(chunks: RowChunks, pieces: _Pieces, grads_GC: Tensor, settings: StepSettings) -> None:
+    """`update_rows` without copies: a piece is one tensor to the kernel."""
+    chunks.state.steps_R.index_add_(0, pieces.row_ids, torch.ones_like(pieces.steps_S))
+    places, steps = pieces.places(), (pieces.steps_S[pieces.firsts] + 1).tolist()
+    mine = [[array[row : row + length] for row, _, length in places] for array in chunks.arrays()]
+    grads = [grads_GC[place : place + length] for _, place, length in places]
+    _fused_adamw([mine[0], grads, *mine[1:]], steps, settings)
 
 
 @torch.no_grad()
@@ -281,13 +290,15 @@ def _sorted_chunks(
 def _fused_adamw(lists: list[list[Tensor]], steps: Sequence[int], settings: StepSettings) -> None:
     """torch's kernel on lists of rows, gradients, first and second moments; `steps` counts this step too."""
     rows, grads, first, second = lists
+    # the kernel only reads the counts, so that one tensor does for all that are equal
+    counts = {step: torch.tensor(float(step), device=rows[0].device) for step in set(steps)}
     torch._fused_adamw_(
         rows,
         grads,
         first,
         second,
         [],
-        [torch.tensor(float(step), device=rows[0].device) for step in steps],
+        [counts[step] for step in steps],
         lr=settings.learning_rate,
         beta1=settings.beta1,
         beta2=settings.beta2,

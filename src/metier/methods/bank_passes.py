@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metier.methods.expert_bank import ExpertBank, ExpertsLayer, LowRank
 from metier.methods.grouped import grouped_matmul, grouped_outer, grouped_repeat, grouped_sum
-from metier.methods.pairs import PairOrder, segments, token_chunks
+from metier.methods.pairs import PairOrder, segments
 
 
 def bank_forward(
@@ -30,7 +30,7 @@ def bank_forward(
     kept_PU = inputs_TD.new_empty(bounds[-1] - bounds[0], layer.up_size(bank)) if keeps else None
     for first, last in segments(bounds, inputs_TD.device):
         cut = bounds[first : last + 1]
-        rows_PD = inputs_TD[order.token_P[cut[0] : cut[-1]]]
+        rows_PD = inputs_TD.index_select(0, order.token_P[cut[0] : cut[-1]])
         place_PU = None if kept_PU is None else kept_PU[cut[0] - bounds[0] : cut[-1] - bounds[0]]
         up_PU = grouped_matmul(rows_PD, layer.up(bank, first, last, cut), cut, place_PU)
         if bank.up_bias is not None:
@@ -103,18 +103,22 @@ class ExpertsBackward:
                 inner_PF = self.layer.activation(up_PU)
             group = _Group(bank, first, last, cut, part, low_rank)
             through_down = self._through_norm_and_down if self.layer.output_norm else self._through_down
-            grad_inner_PF, grad_out_PD = through_down(group, self.grad_TD[token_P], inner_PF.detach(), wants_out)
+            grad_inner_PF, grad_out_PD = through_down(
+                group, self.grad_TD.index_select(0, token_P), inner_PF.detach(), wants_out
+            )
             (grad_up_PU,) = torch.autograd.grad(inner_PF, up_PU, grad_inner_PF)
             if self.rows_PD is not None:
                 grouped_matmul(grad_up_PU, self.layer.up_back(bank, first, last, cut), cut, self.rows_PD[part])
                 if low_rank is not None:
                     low_rank.add_row_gradient(first, last, grad_up_PU, self.rows_PD[part])
             if inputs_TD is not None and low_rank is not None and grad_out_PD is not None:
-                low_rank.keep_gradients(first, last, inputs_TD[token_P], grad_up_PU, inner_PF.detach(), grad_out_PD)
+                low_rank.keep_gradients(
+                    first, last, inputs_TD.index_select(0, token_P), grad_up_PU, inner_PF.detach(), grad_out_PD
+                )
             places = [None if grad is None else grad[first:last] for grad in grads]
             if places[0] is not None:
                 assert inputs_TD is not None, "a trained bank's forward pass keeps the layer's input"
-                grouped_outer(grad_up_PU, inputs_TD[token_P], cut, self._as_stored(places[0]))
+                grouped_outer(grad_up_PU, inputs_TD.index_select(0, token_P), cut, self._as_stored(places[0]))
             if places[1] is not None and grad_out_PD is not None:
                 grouped_outer(grad_out_PD, inner_PF.detach(), cut, self._as_stored(places[1]))
             if places[2] is not None:
@@ -166,10 +170,7 @@ class ExpertsBackward:
     def summed_over_slots(self) -> Tensor:
         """Gradient of the layer's input, (T, D)."""
         assert self.rows_PD is not None, "asked for only where the input wants a gradient"
-        out_TD = torch.empty_like(self.grad_TD)
-        for part in token_chunks(len(out_TD), out_TD.device):
-            torch.sum(self.rows_PD[self.order.row_TK[part]], dim=1, out=out_TD[part])
-        return out_TD
+        return self.order.summed(self.rows_PD)
 
     def _as_stored(self, grad_E: Tensor) -> Tensor:
         """A weight's gradient as (E, outputs, inputs), whatever its layout."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from metier.methods.bank_passes import ExpertsBackward, bank_forward
 from metier.methods.expert_bank import Activation, ExpertBank, ExpertsLayer
-from metier.methods.pairs import PairOrder, block_rows, order_pairs, token_chunks
+from metier.methods.pairs import PairOrder, block_rows, order_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +141,7 @@ class _LowRankExperts(torch.autograd.Function):
                 call.layer, base, changed, order, inputs_TD, out_PD, keeps=keeps, low_rank=low_rank
             )
             out_TD = hidden_TD.new_empty(hidden_TD.shape)
-            for part in token_chunks(len(out_TD), device):
-                out_TD[part] = (out_PD[order.row_TK[part]] * weights_TK[part].unsqueeze(-1)).sum(1)
+            order.weighted(out_PD, weights_TK, out_TD)
         ctx.save_for_backward(hidden_TD if is_trained else None, weights_TK, plain_PU, changed_PU, *flat)
         ctx.call, ctx.order, ctx.hidden_dtype = call, order, hidden_TD.dtype
         return out_TD
@@ -163,7 +162,7 @@ class _LowRankExperts(torch.autograd.Function):
                 inputs_TD = None if hidden_TD is None else hidden_TD.to(dtype)
                 back.run(base, changed, changed_PU, inputs_TD, [None] * 4, low_rank)
             grad_hidden_TD = None if back.rows_PD is None else back.summed_over_slots().to(ctx.hidden_dtype)
-            grad_weights_TK = back.weight_P[order.row_TK] if wants_weights else None
+            grad_weights_TK = order.by_token(back.weight_P) if wants_weights else None
         grads = [grad for bank in low_rank.gradients for grad in bank]
         grads_flat = [g.to(t.dtype) if w else None for g, t, w in zip(grads, flat, wants_flat, strict=True)]
         return grad_hidden_TD, grad_weights_TK, None, None, *grads_flat

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from metier.methods.bank_passes import ExpertsBackward, bank_forward
 from metier.methods.expert_bank import Activation, ExpertBank, ExpertsLayer
-from metier.methods.pairs import block_rows, order_pairs, token_chunks
+from metier.methods.pairs import block_rows, order_pairs
 
 __all__ = ["Activation", "ExpertBank", "virtual_experts"]
 
@@ -93,8 +93,7 @@ class _VirtualExperts(torch.autograd.Function):
                 keeps = wants_rows or is_trained
                 kept.append(bank_forward(layer, bank, bounds, order, inputs_TD, out_PD, keeps=keeps))
             out_TD = hidden_TD.new_empty(hidden_TD.shape)
-            for part in token_chunks(len(out_TD), device):
-                out_TD[part] = (out_PD[order.row_TK[part]] * weights_TK[part].unsqueeze(-1)).sum(1)
+            order.weighted(out_PD, weights_TK, out_TD)
         ctx.save_for_backward(hidden_TD if any(wants_flat) else None, weights_TK, *kept, *flat)
         ctx.layer, ctx.order = layer, order
         ctx.hidden_dtype = hidden_TD.dtype
@@ -121,6 +120,6 @@ class _VirtualExperts(torch.autograd.Function):
                     back.run(bank, bounds, kept[number], None if hidden_TD is None else hidden_TD.to(dtype), grads)
                 grads_flat += grads if number else []
             grad_hidden_TD = None if back.rows_PD is None else back.summed_over_slots().to(ctx.hidden_dtype)
-            grad_weights_TK = back.weight_P[order.row_TK] if wants_weights else None
+            grad_weights_TK = order.by_token(back.weight_P) if wants_weights else None
         grads_flat = [None if g is None else g.to(t.dtype) for g, t in zip(grads_flat, flat, strict=True)]
         return grad_hidden_TD, grad_weights_TK, None, None, *grads_flat

@@ -14,7 +14,7 @@ from metier.methods.bank_passes import bank_forward
 from metier.methods.expert_bank import ExpertBank, ExpertsLayer
 from metier.methods.grouped import grouped_matmul, grouped_repeat
 from metier.methods.low_rank import LowRankBank, low_rank_experts
-from metier.methods.pairs import PairOrder, block_rows, order_pairs, segments, token_chunks
+from metier.methods.pairs import PairOrder, block_rows, order_pairs, segments
 from metier.models.moe import MoELayer
 from metier.serving.few_rows import Projection, by_inputs, few_rows_experts
 from metier.serving.row_pool import RowPool
@@ -86,7 +86,9 @@ class ServedExperts(nn.Module):
         base, own = order.bounds[: num_experts + 1], order.bounds[num_experts:]
         bank_forward(self._layer, self._layer.base, base, order, inputs_TD, out_PD, keeps=False)
         self._slots_forward(slots, own, order, inputs_TD, out_PD)
-        return _summed(out_PD, order, weights_TK, hidden_TD)
+        out_TD = hidden_TD.new_empty(hidden_TD.shape)
+        order.weighted(out_PD, weights_TK, out_TD)
+        return out_TD
 
     def _by_rows(self, slot_TK: Tensor | None, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The same where experts are small."""
@@ -107,7 +109,7 @@ class ServedExperts(nn.Module):
             cut, mine = bounds[first : last + 1], slots[first:last]
             up = self.pool.matrices(self._up_name, mine, is_transposed=layer.is_transposed)
             down = self.pool.matrices("down_proj", mine, is_transposed=layer.is_transposed)
-            up_PU = grouped_matmul(inputs_TD[order.token_P[cut[0] : cut[-1]]], up, cut)
+            up_PU = grouped_matmul(inputs_TD.index_select(0, order.token_P[cut[0] : cut[-1]]), up, cut)
             if bank.up_bias is not None:
                 up_PU.add_(grouped_repeat(bank.up_bias[mine], cut))
             place_PD = out_PD[cut[0] : cut[-1]]
@@ -163,11 +165,3 @@ def _projections(layer: ExpertsLayer, slots: ExpertBank) -> tuple[Projection, Pr
     up = (base.up, slots.up) if t else (base.up.mT, slots.up.mT)
     down = (base.down, slots.down) if t else (base.down.mT, slots.down.mT)
     return Projection(*up, base.up_bias, slots.up_bias), Projection(*down, base.down_bias, slots.down_bias)
-
-
-def _summed(out_PD: Tensor, order: PairOrder, weights_TK: Tensor, hidden_TD: Tensor) -> Tensor:
-    """Each token's slots, weighted and added up: (T, D)."""
-    out_TD = hidden_TD.new_empty(hidden_TD.shape)
-    for part in token_chunks(len(out_TD), hidden_TD.device):
-        out_TD[part] = (out_PD[order.row_TK[part]] * weights_TK[part].unsqueeze(-1)).sum(1)
-    return out_TD

@@ -28,7 +28,7 @@ from metier.memory.frozen_store import is_in_backward
 from metier.memory.row_store import RowStore
 from metier.memory.step_gradients import StepGradients
 from metier.methods.grouped import add_grouped_outer, grouped_matmul
-from metier.methods.pairs import PairOrder, block_rows, order_pairs, segments, token_chunks
+from metier.methods.pairs import block_rows, order_pairs, segments
 
 
 def sparse_rows(
@@ -111,9 +111,9 @@ def _products(used: _Used, blocks: Sequence[Tensor], hidden_TD: Tensor) -> Tenso
     products_PM = hidden_TD.new_empty(len(order.token_P), used.store.rows_per_block)
     keys = [block[:, 0].t() for block in blocks]
     for first, last, cut in used.cuts:
-        rows_PD = hidden_TD[order.token_P[cut[0] : cut[-1]]]
+        rows_PD = hidden_TD.index_select(0, order.token_P[cut[0] : cut[-1]])
         grouped_matmul(rows_PD, keys[first:last], cut, products_PM[cut[0] : cut[-1]])
-    return products_PM[order.row_TK]
+    return order.by_token(products_PM)
 
 
 def _gated(products_TKM: Tensor, gate_TK: Tensor | None) -> Tensor:
@@ -127,12 +127,6 @@ def _best(gated_TKM: Tensor, top_k: int) -> Tensor:
     best = gated_TKM.flatten(1).topk(top_k, sorted=False).indices
     none_TKM = torch.zeros_like(gated_TKM, dtype=torch.bool)
     return none_TKM.flatten(1).scatter_(1, best, True).view_as(gated_TKM)
-
-
-def _summed_over_slots(rows_PD: Tensor, order: PairOrder, out_TD: Tensor) -> Tensor:
-    for part in token_chunks(len(out_TD), out_TD.device):
-        torch.sum(rows_PD[order.row_TK[part]], dim=1, out=out_TD[part])
-    return out_TD
 
 
 class _SparseRows(torch.autograd.Function):
@@ -166,7 +160,7 @@ class _SparseRows(torch.autograd.Function):
             values = [block[:, 1] for block in blocks]
             for first, last, cut in used.cuts:
                 grouped_matmul(active_PM[cut[0] : cut[-1]], values[first:last], cut, out_PD[cut[0] : cut[-1]])
-            out_TD = _summed_over_slots(out_PD, order, torch.empty_like(hidden_TD))
+            out_TD = order.summed(out_PD)
         ctx.save_for_backward(hidden_TD, gate_TK, products_TKM, fires_TKM)
         ctx.used, ctx.gradients, ctx.num_changes = used, gradients, store.num_changes
         return out_TD
@@ -190,9 +184,9 @@ class _SparseRows(torch.autograd.Function):
             values = [block[:, 1].t() for block in blocks]
             grad_PM = hidden_TD.new_empty(len(order.token_P), products_TKM.shape[-1])
             for first, last, cut in used.cuts:
-                rows_PD = grad_TD[order.token_P[cut[0] : cut[-1]]]
+                rows_PD = grad_TD.index_select(0, order.token_P[cut[0] : cut[-1]])
                 grouped_matmul(rows_PD, values[first:last], cut, grad_PM[cut[0] : cut[-1]])
-            grad_TKM = grad_PM[order.row_TK] * fires_TKM
+            grad_TKM = order.by_token(grad_PM) * fires_TKM
             grad_gate_TK = (grad_TKM * products_TKM).sum(-1) if wants_gate else None
             grad_products_PM = order.spread(grad_TKM if gate_TK is None else grad_TKM * gate_TK.unsqueeze(-1))
             # `autograd.grad` of other tensors, and `backward` with inputs, ask for none of rows
@@ -213,7 +207,7 @@ class _SparseRows(torch.autograd.Function):
                 for first, last, cut in used.cuts:
                     part = slice(cut[0], cut[-1])
                     grouped_matmul(grad_products_PM[part], keys[first:last], cut, grad_PD[part])
-                grad_hidden_TD = _summed_over_slots(grad_PD, order, torch.empty_like(hidden_TD))
+                grad_hidden_TD = order.summed(grad_PD)
         # the gradient of rows is where it belongs already
         return grad_hidden_TD, grad_gate_TK, None, None, None, None, None, None
 
@@ -234,5 +228,5 @@ def _add_row_gradients(
 ) -> None:
     for first, last, cut in used.cuts:
         part = slice(cut[0], cut[-1])
-        rows_PD = right_TD[used.order.token_P[part]]
+        rows_PD = right_TD.index_select(0, used.order.token_P[part])
         add_grouped_outer(left_PM[part], rows_PD, cut, places_MD[first:last], is_new[first:last])

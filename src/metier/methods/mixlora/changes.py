@@ -116,8 +116,8 @@ class _Changes(torch.autograd.Function):
                 if span.stop == span.start:
                     continue
                 token_P, weight_P1 = order.token_P[span], weight_S[span, None]
-                base_PU = [up_TU[token_P] for up_TU in ups_TU]
-                inner_PF = call.between(*call.changed_ups(matrices, rows_TD[token_P], base_PU))
+                base_PU = [up_TU.index_select(0, token_P) for up_TU in ups_TU]
+                inner_PF = call.between(*call.changed_ups(matrices, rows_TD.index_select(0, token_P), base_PU))
                 # of the same rows in the same place: an activation's last bit depends on where a number lies
                 change_PF = inner_PF - call.between(*base_PU)
                 thin_PR = (inner_PF @ matrices.down_a.T).mul_(call.scale)
@@ -142,7 +142,7 @@ class _Changes(torch.autograd.Function):
                     back.run(expert, span, wants_matrices=any(wanted[first : first + TENSORS_OF_AN_EXPERT]))
         # the base's own inner state is taken away as often as the weights say
         grad_base_TF = grad_inner_TF * -weights_TK.sum(-1, keepdim=True).to(grad_inner_TF.dtype)
-        grad_weights_TK = back.weight_S[order.row_TK].to(weights_TK.dtype)
+        grad_weights_TK = order.by_token(back.weight_S).to(weights_TK.dtype)
         grads_flat = [
             grad.to(tensor.dtype) if wants else None
             for grad, tensor, wants in zip(back.matrices(), rest[call.num_ups :], wanted, strict=True)
@@ -177,8 +177,10 @@ class _Backward:
         """One expert's rows."""
         expert, scale = self._experts[number], self.call.scale
         token_P, weight_P1 = self.order.token_P[span], self._weight_S[span, None]
-        rows_PD, grad_inner_PF, grad_PD = (x[token_P] for x in (self._hidden_TD, self.grad_inner_TF, self.grad_TD))
-        base_PU = [up_TU[token_P] for up_TU in self._ups_TU]
+        rows_PD, grad_inner_PF, grad_PD = (
+            x.index_select(0, token_P) for x in (self._hidden_TD, self.grad_inner_TF, self.grad_TD)
+        )
+        base_PU = [up_TU.index_select(0, token_P) for up_TU in self._ups_TU]
         with torch.enable_grad():
             ups_PU = [x.requires_grad_() for x in self.call.changed_ups(expert, rows_PD, base_PU)]
             inner_PF = self.call.between(*ups_PU)
