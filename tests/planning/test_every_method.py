@@ -327,7 +327,7 @@ def test_seconds_of_the_optimizer_are_those_of_what_has_gradients(tmp_path: Path
     numbers: dict[str, int] = {}
 
     class Asked(DeviceClock):
-        def optimizer(self, num_dense: int, num_in_rows: int) -> float:
+        def optimizer(self, num_dense: int, num_in_rows: int, *, copies_rows: bool) -> float:
             numbers[name] = num_dense
             return 0.0
 

@@ -18,8 +18,8 @@ from metier.config import RunConfig
 from metier.data.collate import Collator
 from metier.data.encode import Encoded
 from metier.methods.wrap import wrap
+from metier.models.own_logits import has_plain_head
 from metier.training.labelled_positions import layers_of
-from metier.training.own_logits import has_plain_head
 from metier.training.trainer import make_trainer
 from tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
@@ -120,7 +120,7 @@ def test_a_step_is_the_same_however_its_records_are_parted(
     torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["recurrent_gemma", "inkling_text", "llama"])
+@pytest.mark.parametrize("kind", ["recurrent_gemma", "inkling_text", "llama4_text", "roberta", "llama"])
 def test_a_run_trains_on_the_models_own_logits(kind: str, configure: Callable[..., RunConfig], tmp_path: Path) -> None:
     torch.manual_seed(0)
     if kind == "recurrent_gemma":
@@ -133,6 +133,8 @@ def test_a_run_trains_on_the_models_own_logits(kind: str, configure: Callable[..
         changed = tiny_config(kind)
         changed.vocab_size, changed.unpadded_vocab_size = VOCAB_SIZE, VOCAB_SIZE - 8
         model = made_model(changed)
+    elif kind in ("llama4_text", "roberta"):
+        model = made_model(tiny_config(kind))
     else:
         model = tiny_model(kind)
     with torch.no_grad():

@@ -193,7 +193,7 @@ class FrozenWeight(Tensor):
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         options = kwargs or {}
-        if func._can_decompose():
+        if _is_composite(func):
             # in inference mode torch hands over operations whole that it otherwise takes apart: `mT` is a transpose
             return func.decompose(*args, **options)
         first = args[0] if args else None
@@ -211,6 +211,11 @@ class FrozenWeight(Tensor):
         if func.overloadpacket is aten.set_:  # shares the memory of what it is given, and its schema does not say so
             args = (args[0], args[1].clone(), *args[2:])
         return func(*args, **options)
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    return bool(func._can_decompose())
 
 
 @cache

@@ -131,6 +131,14 @@ def _can_be_in_place(columns: int, dtype: torch.dtype, state_dtype: str, *, on_c
     return on_cpu and state_dtype == "float32" and dtype == torch.float32 and columns % _KERNEL_NUMBERS == 0
 
 
+def are_copied(hidden_size: int, dtype: torch.dtype, state_dtype: str, *, share: float, on_cpu: bool) -> bool:
+    """Whether rows are gathered and put back where any `share` of them is updated, as likely as any other."""
+    if not _can_be_in_place(2 * hidden_size, dtype, state_dtype, on_cpu=on_cpu):
+        return True
+    # a row's next one is updated too with a chance of `share`
+    return 8 * hidden_size < (1 - share) * IN_PLACE_BYTES
+
+
 def _rows_of_chunk(columns: int, *, on_cpu: bool) -> int:
     return max(1, (CHUNK_BYTES if on_cpu else DEVICE_CHUNK_BYTES) // (4 * columns))
 
@@ -138,7 +146,7 @@ def _rows_of_chunk(columns: int, *, on_cpu: bool) -> int:
 def buffer_bytes(
     num_rows: int, hidden_size: int, dtype: torch.dtype, state_dtype: str, *, is_exact: bool, on_cpu: bool
 ) -> int:
-    """What chunks take beside stores of so many rows each, once for all of a process.
+    """What chunks take at most beside stores of so many rows each, once for all of a process.
 
     Args:
         num_rows, hidden_size, dtype: of the store with the most rows.

@@ -55,10 +55,14 @@ class PairOrder:
 
     def summed(self, rows_PD: Tensor) -> Tensor:
         """Each token's rows added up, (T, D)."""
-        if rows_PD.device.type == "cpu":
+        if rows_PD.device.type != "cpu" or rows_PD.dtype.itemsize >= 4:
             # in one pass, without the gathered rows
             return F.embedding_bag(self.row_TK, rows_PD, mode="sum")
-        return rows_PD[self.row_TK].sum(1)
+        # there it rounds bfloat16's halves up, which are many
+        out_TD = rows_PD.new_empty(len(self.row_TK), rows_PD.shape[1])
+        for part in _token_chunks(len(out_TD), out_TD.device):
+            torch.sum(_rows_at(rows_PD, self.row_TK[part]), dim=1, out=out_TD[part])
+        return out_TD
 
     def weighted(self, rows_PD: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
         """Write each token's rows times their weights, added up as transformers' grouped backend does, to the bit."""

@@ -58,8 +58,14 @@ class Clock(Protocol):
         """Of a forward and a backward pass, by part."""
         ...
 
-    def optimizer(self, num_numbers: int, num_row_numbers: int) -> float:
-        """Of clipping and a step of AdamW over parameters, and over rows of a sparse adapter in its stores."""
+    def optimizer(self, num_numbers: int, num_row_numbers: int, *, copies_rows: bool) -> float:
+        """Of clipping and a step of AdamW over parameters, and over rows of a sparse adapter in its stores.
+
+        Args:
+            num_numbers: of parameters with a gradient.
+            num_row_numbers: of rows that are updated.
+            copies_rows: whether those are gathered and put back for it.
+        """
         ...
 
     def decoding(self, weight_format: str, num_numbers: int) -> float:
@@ -105,12 +111,13 @@ class MachineClock:
         found["overhead"] = operations.count * beside
         return found
 
-    def optimizer(self, num_numbers: int, num_row_numbers: int) -> float:
+    def optimizer(self, num_numbers: int, num_row_numbers: int, *, copies_rows: bool) -> float:
         """As `Clock`."""
         dense = num_numbers * self.machine.seconds("adamw number", times.adamw_number)
         if not num_row_numbers:
             return dense
-        return dense + num_row_numbers * self.machine.seconds("row adamw number", times.row_adamw_number)
+        name = f"row adamw number, {'copied' if copies_rows else 'in place'}"
+        return dense + num_row_numbers * self.machine.seconds(name, partial(times.row_adamw_number, copied=copies_rows))
 
     def decoding(self, weight_format: str, num_numbers: int) -> float:
         """As `Clock`."""
@@ -210,7 +217,7 @@ class DeviceClock:
         found["overhead"] = launched * self.device.launch_seconds
         return found
 
-    def optimizer(self, num_numbers: int, num_row_numbers: int) -> float:
+    def optimizer(self, num_numbers: int, num_row_numbers: int, *, copies_rows: bool) -> float:
         """Gradient, weight and two moments are read, three of them written, in float32."""
         return 28 * (num_numbers + num_row_numbers) / self.device.bandwidth
 

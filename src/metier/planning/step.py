@@ -17,11 +17,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 from trl.trainer import utils as trl_head
 
 from metier.catalogue.tree import method_of
 from metier.config import RunConfig
 from metier.data.encode import IGNORED
+from metier.data.pairs import token_mean_loss
 from metier.errors import UnsupportedModelError
 from metier.memory.collector import at_rest
 from metier.memory.frozen_weight import FrozenWeight
@@ -31,6 +33,7 @@ from metier.methods.mixlora import MixLoraLayer
 from metier.models.labelled_output import labelled_output
 from metier.models.load import first_line
 from metier.models.moe import is_dense, moe_layers
+from metier.models.own_logits import has_plain_head, own_logits
 from metier.planning.drawn_routes import route
 from metier.planning.from_config import Skeleton
 from metier.planning.marks import Marks, cut_to_some_of_a_kind, only_stack
@@ -162,7 +165,7 @@ def _traced(
     routed = route([layer for layer in experts if layer.index in order], chances, seed)
     labels_BT, hooks = batch.labels_BT(), []
     inputs = batch.inputs()
-    if procedure != "own_loss":
+    if procedure != "own_loss" and has_plain_head(bare):
         hooks.append(bare.base_model.register_forward_hook(labelled_output(labels_BT[:, 1:] != IGNORED)))
     try:
         with tracer, nullcontext() if is_reserved else columns_that_are_written(bare):
@@ -186,7 +189,8 @@ def _traced(
 def _loss_of(
     model: PreTrainedModel | PeftModel, inputs: dict[str, Tensor], labels_BT: Tensor, config: RunConfig
 ) -> tuple[Tensor, tuple[Any, ...]]:
-    """As the trainer has it: TRL's over the labelled positions, or the model's own; and what the method adds.
+    """As the trainer has it: TRL's over the labelled positions, that of the model's own logits, or the model's own; and
+    what the method adds.
 
     Returns:
         the loss, and what lives as long as it does.
@@ -197,6 +201,11 @@ def _loss_of(
     if method_of(config.method).optimizer == "own_loss":
         with around:
             loss, alive = model(**inputs, labels=labels_BT, use_cache=False).loss, ()
+    elif not has_plain_head(model):
+        with around:
+            _, logits_BTV = own_logits(model, inputs, labels_BT.shape[1])
+        loss = token_mean_loss(CausalLMOutput(logits=logits_BTV[:, :-1]), labels_BT[:, 1:], 1)
+        alive = ()
     else:
         with around:
             # made in the step, as the trainer has it

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from metier.config import RunConfig
+from metier.memory.row_update import are_copied
 from metier.methods.wrap import meft_config
 from metier.planning.clock import OPERATIONS, Clock
 from metier.planning.estimate import Estimate
@@ -77,7 +80,7 @@ def step_time(estimate: Estimate, clock: Clock, *, free_bytes: int = 0) -> StepT
         # of MeZO nothing has a gradient, and its moves are in the trace; of LISA some layers have
         has_gradient = (state.gradient_bytes - state.row_gradient_bytes) / (state.trained_bytes - state.row_bytes)
         stepped = round(min(1.0, has_gradient) * stepped)
-    parts["optimizer"] = clock.optimizer(stepped, round(fired * in_rows))
+    parts["optimizer"] = clock.optimizer(stepped, round(fired * in_rows), copies_rows=_copies_rows(estimate, fired))
     if config.base_format is not None:
         numbers = int(state.stored_bytes / _BYTES_OF[config.base_format])
         parts["decoding"] = _passes(config) * clock.decoding(config.base_format, numbers)
@@ -118,6 +121,12 @@ def moved_bytes(estimate: Estimate, *, has_host: bool, free_bytes: int = 0) -> d
 def _passes(config: RunConfig) -> int:
     """How often a step goes through a frozen weight: forward, again for what was not kept, and backward."""
     return (2 + config.gradient_checkpointing) * config.gradient_accumulation_steps
+
+
+def _copies_rows(estimate: Estimate, fired: float) -> bool:
+    config = estimate.config
+    dtype = getattr(torch, config.meft_row_dtype)
+    return are_copied(estimate.hidden_size, dtype, config.meft_state_dtype, share=fired, on_cpu=True)
 
 
 def _fired_share(estimate: Estimate) -> float:

@@ -130,6 +130,8 @@ class Tracer(TorchDispatchMode):
             if func is aten.index.Tensor and _are_rows(*args):
                 # as torch's own rule has it, which takes a millisecond for each
                 return args[0].new_empty((*args[1][0].shape, *args[0].shape[1:]))
+            if func is aten.index_select.default and args[1] == 0 and not kwargs:
+                return args[0].new_empty((args[2].numel(), *args[0].shape[1:]))
             if func is aten._grouped_mm.default:
                 return _grouped_mm(*args, **kwargs)
             if func is aten.topk.default:

@@ -67,7 +67,9 @@ class CountTokens(TrainerCallback, ExportableState):
         **_: Any,
     ) -> None:
         assert model is not None, "the trainer passes its model to every callback"
+        # a state that begins holds what this callback said when it was made, which may be what it trained before
         self._num_before = self._num_at_checkpoint = num_tokens_before(state)
+        self._num_counted = 0
         # the trainer writes into what checkpoints of older runs do not have
         state.stateful_callbacks[_COUNT] = self.state()
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
@@ -109,6 +111,8 @@ class CountTokens(TrainerCallback, ExportableState):
 
 def num_tokens_before(state: TrainerState) -> int:
     """Tokens that a run had been trained on at the checkpoint from which it goes on; 0 where it begins."""
+    if not state.global_step:
+        return 0
     return int(state.stateful_callbacks.get(_COUNT, {}).get("attributes", {}).get("num_tokens", 0))
 
 

@@ -171,9 +171,10 @@ def _trained(
         console.print(plan)
         if isinstance(model, peft.PeftModel):
             console.print(f"Covered: {'; '.join(map(str, coverage(model)))}", highlight=False)
-        if config.padding_free:
+        if config.padding_free and checkpoint is None:
+            # a run that goes on was looked at when it began, and has its numbers only when the trainer loads them
             check_records_stay_apart(model, items.items)
-        elif not is_encoder_decoder(model):
+        if not config.padding_free and not is_encoder_decoder(model):
             tell_of_padding(items, config, console)
         tell_of_repeats(len(items.items), config, ranks.size, console)
         times, shards = StepTimes(), MeasureShards(console)

@@ -30,12 +30,13 @@ from metier.data.collate import Collator, PaddingFreeCollator
 from metier.data.encode import Item
 from metier.data.pairs import PairCollator, token_mean_loss
 from metier.models.encoder_decoder import decoder_start_token, is_encoder_decoder
+from metier.models.own_logits import has_plain_head
 from metier.models.unwrap import text_config_of
 from metier.training.give_back import GiveBack
 from metier.training.labelled_positions import keep_to_labelled_positions
 from metier.training.learning_rates import set_learning_rates
 from metier.training.not_finite import stop_at_not_finite
-from metier.training.own_logits import has_plain_head, train_on_own_logits
+from metier.training.own_logits import train_on_own_logits
 from metier.training.procedures.chosen import procedure_of
 
 

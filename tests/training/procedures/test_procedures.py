@@ -245,6 +245,16 @@ def test_what_a_checkpoint_has_chosen_is_not_chosen_again(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_sparse_delta_without_padding_resumes(dense, configure: Configure, console: Console) -> None:
+    options = {"method": "pafi", "padding_free": True, "save_steps": 2}
+    straight = saved(train(configure(**options), console=console).folder)
+    folder = Path(configure(**options).output_dir)
+    (folder / "checkpoints" / "checkpoint-4" / "complete").unlink()
+    resumed = saved(train(configure(resume_from_checkpoint="last", **options), console=console).folder)
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
 @pytest.mark.parametrize("method", ["adalora", "galore", "cpt", "p_tuning"])
 def test_what_cannot_be_resumed_is_refused_before_it_begins(method: str) -> None:
     with pytest.raises(ConfigError, match=f"a run of {method} cannot be taken up again, for"):

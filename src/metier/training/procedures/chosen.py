@@ -77,7 +77,8 @@ def procedure_of(config: RunConfig, model: nn.Module) -> Procedure:
             directions, decay = options["mezo_directions"], config.weight_decay
 
             def prepared(trainer: Trainer) -> None:
-                _decay_as_usual(trainer, optimizer, decay)
+                if decay:
+                    _decay_as_usual(trainer, optimizer, decay)
                 measure_by_forward_passes(trainer, directions)
 
             return Procedure(optimizer=optimizer, after=prepared)
@@ -157,8 +158,6 @@ def _decay_galore(trainer: Trainer, weight_decay: float) -> None:
 
 def _decay_as_usual(trainer: Trainer, optimizer: Optimizer, weight_decay: float) -> None:
     """Have an optimizer decay what the trainer's own would: all but biases and norms."""
-    if not weight_decay:
-        return
     names = set(trainer.get_decay_parameter_names(trainer.model))
     decayed = {id(parameter) for name, parameter in trainer.model.named_parameters() if name in names}
     parted = []
