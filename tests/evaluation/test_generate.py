@@ -11,12 +11,15 @@ import torch
 from transformers import DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from families.chain import made_model
+from families.configs import tiny_config
 from metier.data.encode import encode
 from metier.errors import DataError
 from metier.evaluation import generate
 from metier.evaluation.generate import Prompt, encode_prompts, generate_replies
+from metier.evaluation.inference import inference
 from metier.evaluation.tasks import load_task
-from tiny_models import tiny_model
+from tiny_models import tiny_model, tiny_tokenizer
 
 NEW_TOKENS = 12
 
@@ -213,3 +216,20 @@ def test_a_tokenizer_without_chat_template_is_refused(
     records = load_task(task_folder).records("test")
     with pytest.raises(DataError, match=r"test\.jsonl:1: the tokenizer '' has no chat template"):
         encode_prompts(records, tokenizer, max_new_tokens=2, max_length=None)
+
+
+def test_an_evaluation_leaves_no_tensors_that_cannot_be_trained_with(model: DeepseekV2ForCausalLM) -> None:
+    with inference(model):
+        kept = model.lm_head.weight * 2
+        assert not kept.requires_grad
+    assert not kept.is_inference()
+
+
+def test_no_positions_of_the_last_batch_are_left() -> None:
+    model = made_model(tiny_config("qwen3_vl_moe")).eval()
+    prompts = [Prompt(text="", token_ids=tuple(range(5, 9 + n)), reference="", origin="") for n in range(3)]
+    with torch.no_grad():
+        generate_replies(model, tiny_tokenizer(), prompts, max_new_tokens=2, batch_size=3)
+        # as an adapter's virtual tokens are handed over
+        embeddings = model.get_input_embeddings()(torch.arange(5, 15).view(2, 5))
+        assert model(inputs_embeds=embeddings, attention_mask=torch.ones(2, 5)).logits.shape[:2] == (2, 5)

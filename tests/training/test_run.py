@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -304,9 +305,18 @@ def test_a_padding_free_run_has_the_losses_of_a_padded_one(
 
 @pytest.mark.parametrize("method", ["esft", "full"])
 def test_bf16_trains_on_a_host_without_an_accelerator(method: str, configure: Configure, console: Console) -> None:
-    losses = [row["loss"] for row in rows_of(train(configure(method=method, bf16=True), console=console).folder)]
+    result = train(configure(method=method, bf16=True), console=console)
+    losses = [row["loss"] for row in rows_of(result.folder)]
     assert len(losses) == 4
     assert losses[-1] < losses[0]
+    # what is left is the model itself, in its own dtype, and not one that computes in autocast
+    ids, model = torch.arange(3, 40).unsqueeze(0), result.model.eval()
+    base = load(configure().model).model
+    fresh = load(str(result.folder / "adapter")).model if method == "full" else None
+    fresh = peft.PeftModel.from_pretrained(base, result.folder / "adapter") if fresh is None else fresh
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, fresh.eval()(input_ids=ids).logits)
+        assert torch.equal(copy.deepcopy(model)(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_a_run_tells_of_much_padding_once_and_not_where_there_is_none(

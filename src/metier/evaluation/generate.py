@@ -172,6 +172,9 @@ def generate_replies(
             replies[index] = _read_reply(new_ids, stop_ids, tokenizer)
         if on_progress is not None:
             on_progress(len(replies), len(prompts))
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None  # of the last batch; a call with embeddings alone would take them for its own
     return [replies[index] for index in range(len(prompts))]
 
 

@@ -13,11 +13,15 @@ from torch import nn
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Eval and inference mode for a while; each module's own mode comes back, also after an error."""
+    """Eval mode without gradients for a while; each module's own mode comes back, also after an error.
+
+    Not torch's inference mode: what a model makes and keeps there (a router converted to another dtype, say) could not
+    be trained with afterwards.
+    """
     was_training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             yield
     finally:
         for module, mode in was_training:

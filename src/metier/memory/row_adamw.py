@@ -281,7 +281,8 @@ class _TrainedRows:
 
     def state_dict(self) -> dict[str, Any]:
         if self.mode == "exact":
-            self.catch_up(None)
+            with torch.inference_mode(False), torch.no_grad():  # as `RowStore.settle`
+                self.catch_up(None)
         self.store.write_back()
         self.store.wait_until_written()
         self.store.expect(in_order=True)

@@ -68,7 +68,7 @@ from metier.training.telling import (
     tell_of_slow_bf16,
     tell_of_what_is_foreseen,
 )
-from metier.training.trainer import balancing_of, make_trainer, put_back
+from metier.training.trainer import make_trainer, remembered
 from metier.training.whole import make_whole
 
 
@@ -178,7 +178,7 @@ def _trained(
             tell_of_padding(items, config, console)
         tell_of_repeats(len(items.items), config, ranks.size, console)
         times, shards = StepTimes(), MeasureShards(console)
-        balancing = balancing_of(model)
+        put_back = remembered(model)
         trainer = make_trainer(
             model,
             loaded.tokenizer,
@@ -208,7 +208,7 @@ def _trained(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, peak = time.monotonic() - started, int(largest(foresight.peak_memory_bytes()))
     make_whole(model)
-    put_back(model, balancing)
+    put_back()
     model = pruned(model, config)
     if ranks.is_main:
         _save(model, loaded.tokenizer, folder)

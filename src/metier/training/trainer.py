@@ -5,7 +5,7 @@ Encoder-decoders, which TRL does not train, get transformers' Seq2SeqTrainer wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from metier.data.encode import Item
 from metier.data.pairs import PairCollator, token_mean_loss
 from metier.models.encoder_decoder import decoder_start_token, is_encoder_decoder
 from metier.models.own_logits import has_plain_head
-from metier.models.unwrap import text_config_of
+from metier.models.unwrap import bare_model, text_config_of
 from metier.training.give_back import GiveBack
 from metier.training.labelled_positions import keep_to_labelled_positions
 from metier.training.learning_rates import set_learning_rates
@@ -147,19 +147,29 @@ def _arguments(config: RunConfig, checkpoints: Path, *, has_eval: bool) -> dict[
     }
 
 
-def balancing_of(model: nn.Module) -> dict[str, Any]:
-    """What a model's configuration says of the loss that balances its router; TRL writes into it for the training."""
-    text_config = text_config_of(model)
-    return {name: getattr(text_config, name) for name in _BALANCING if hasattr(text_config, name)}
+def remembered(model: nn.Module) -> Callable[[], None]:
+    """What a trainer changes of a model that it did not make, to be put back by a call after the training.
+
+    TRL writes into the configuration how a router is balanced, and a saved model would say so. TRL and accelerate put
+    functions of theirs before a model's own `forward`: with `bf16` one that computes all in autocast and would go on
+    doing so, but for `generate`, which asks the model underneath.
+    """
+    text_config, models = text_config_of(model), (model, bare_model(model))
+    balancing = {name: getattr(text_config, name) for name in _BALANCING if hasattr(text_config, name)}
+    own = [{name: vars(each)[name] for name in _OF_ACCELERATE if name in vars(each)} for each in models]
+
+    def put_back() -> None:
+        for name, value in balancing.items():
+            setattr(text_config, name, value)
+        for each, attributes in zip(models, own, strict=True):
+            for name in _OF_ACCELERATE:
+                vars(each).pop(name, None)
+            vars(each).update(attributes)
+
+    return put_back
 
 
-def put_back(model: nn.Module, balancing: dict[str, Any]) -> None:
-    """Have the configuration say so again, for what is saved of it is the model's."""
-    text_config = text_config_of(model)
-    for name, value in balancing.items():
-        setattr(text_config, name, value)
-
-
+_OF_ACCELERATE = ("forward", "_original_forward", "_is_accelerate_prepared")
 _BALANCING = ("router_aux_loss_coef", "output_router_logits")
 _SHARDED: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
 """FSDP2; the decoder layers, as the model names them, are gathered one at a time."""

@@ -208,6 +208,16 @@ def test_generation_with_a_cache_is_generation_without(kind):
     assert torch.equal(with_cache, wrapped.generate(input_ids=tokens(length=5), **options, use_cache=False))
 
 
+def test_gradient_checkpointing_keeps_no_graph_of_its_second_forward_pass():
+    wrapped = mixed(router_aux_loss_coef=0.5).train()
+    wrapped.gradient_checkpointing_enable({"use_reentrant": False})
+    wrapped.enable_input_require_grads()
+    loss = wrapped(input_ids=tokens(), labels=tokens()).loss
+    kept = [layer.balance["default"].value for layer in layers(wrapped)]
+    (loss + wrapped.base_model.auxiliary_loss()).backward()
+    assert all(layer.balance["default"].value is of for layer, of in zip(layers(wrapped), kept, strict=True))
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     found = []

@@ -162,6 +162,29 @@ def test_every_kind_of_optimizer_is_noticed(options):
         assert torch.equal(place.parameter.view(-1)[INDICES.long()], expected)
 
 
+def test_a_look_between_a_backward_pass_and_a_fused_step_hides_no_step():
+    place, added, inputs = place_of(base()), delta([0.0] * 4), torch.randn(5, 4)
+    optimizer = torch.optim.AdamW([added.values_M], lr=0.1, fused=True)
+    for _ in range(2):
+        product(place, [added], inputs).backward()
+        with torch.no_grad():
+            place.show([added])
+        optimizer.step()
+        place.show([added])
+        expected = base().view(-1)[INDICES.long()] + added.values_M.detach()
+        assert torch.equal(place.parameter.view(-1)[INDICES.long()], expected)
+        optimizer.zero_grad()
+
+
+def test_what_is_made_in_inference_mode_answers_there():
+    with torch.inference_mode():
+        place, added = place_of(base()), delta([1.0] * 4)
+        for deltas in ([added], [], [added]):
+            place.show(deltas)
+            expected = base().view(-1)[INDICES.long()] + (1.0 if deltas else 0.0)
+            assert torch.equal(place.parameter.view(-1)[INDICES.long()], expected)
+
+
 def test_a_fused_optimizer_moves_values_behind_the_version_counter():
     """The reason why a backward pass makes the next forward pass write; may go when it fails."""
     value = nn.Parameter(torch.zeros(2))

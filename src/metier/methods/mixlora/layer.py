@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metier.errors import UnsupportedModelError
+from metier.memory.frozen_store import is_in_backward
 from metier.methods.block_layer import BlockLayer
 from metier.methods.mixlora.config import MixLoraConfig
 from metier.methods.mixlora.mixture import Mixture
@@ -85,7 +86,10 @@ class MixLoraLayer(BlockLayer):
         top_TK, expert_ids_TK = probabilities_TE.topk(config.top_k, dim=-1)
         routing_weights_TK = top_TK / top_TK.sum(-1, keepdim=True)
         if self.training and config.router_aux_loss_coef:
-            self.balance[adapter_name].value = balance_loss(probabilities_TE, expert_ids_TK)
+            loss = balance_loss(probabilities_TE, expert_ids_TK)
+            # with gradient checkpointing a layer runs again in the backward pass, where nobody would go through it
+            if not is_in_backward():
+                self.balance[adapter_name].value = loss
         out_TD: Tensor = self.mixlora_mixture[adapter_name](
             hidden_TD, expert_ids_TK, routing_weights_TK, with_base=True
         )

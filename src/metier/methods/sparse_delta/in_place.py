@@ -80,7 +80,8 @@ class EntriesInPlace:
             return
         if self._contents and self._contents[0] != where:
             self.restore()
-        self._may_have_moved = False
+        # a fused optimizer may be about to use the gradients that are there
+        self._may_have_moved = any(delta.values_M.grad is not None for delta in deltas)
         indices_M, sums_M = _summed(deltas)
         if self._kept is None:
             self._begin(indices_M)
@@ -99,7 +100,7 @@ class EntriesInPlace:
         """Put the base's entries back, to the bit."""
         if self._kept is None:
             return
-        version = self._base_version if self.parameter._version == self._version else self._fresh_version()
+        version = self._base_version if _version(self.parameter) == self._version else self._fresh_version()
         self._write(self._kept.to(self.parameter), version)
         self.forget()
 
@@ -120,7 +121,7 @@ class EntriesInPlace:
         flat_N = self._flat()
         self._kept = flat_N.clone() if indices_M is None else flat_N.index_select(0, indices_M)
         self._written_at = indices_M
-        version = self.parameter._version
+        version = _version(self.parameter)
         if version != self._version or self._base_version != version:
             self._known = ()  # another hand has changed the base since
         self._base_version = self._version = version
@@ -142,15 +143,21 @@ class EntriesInPlace:
             flat_N.copy_(wanted_M)
         else:
             flat_N[self._written_at] = wanted_M
-        torch._C._autograd._unsafe_set_version_counter((self.parameter,), (version,))
+        if not self.parameter.is_inference():
+            torch._C._autograd._unsafe_set_version_counter((self.parameter,), (version,))
         self._version = version
 
     def _fresh_version(self) -> int:
-        return max(self.parameter._version, self._known_version, self._base_version) + 1
+        return max(_version(self.parameter), self._known_version, self._base_version) + 1
 
 
 def _identity(tensor: Tensor | None) -> tuple[int, int] | None:
-    return None if tensor is None else (id(tensor), tensor._version)
+    return None if tensor is None else (id(tensor), _version(tensor))
+
+
+def _version(tensor: Tensor) -> int:
+    # what was made in inference mode has none, and nobody can train it
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _summed(deltas: Sequence[Delta]) -> tuple[Tensor | None, Tensor]:
