@@ -164,7 +164,9 @@ def test_every_operation_can_be_measured() -> None:
     for kind in module._MOVED:
         for dtype in (torch.float32, torch.bfloat16, torch.int64):
             assert 0 < clock._moved(Work(kind, dtype, (100,), 100), module._MOVED[kind]) < 1
-    assert 0 < clock.optimizer(10**6, 0) < clock.optimizer(10**6, 10**6) < 10
+    without = clock.optimizer(10**6, 0, copies_rows=False)
+    for copies in (False, True):
+        assert 0 < without < clock.optimizer(10**6, 10**6, copies_rows=copies) < 10
     assert 0 < clock.decoding("int8", 10**6) < 1
     assert 0 < clock.decoding("nf4", 10**6) < 1
     assert 0 < clock.from_disk(10**6) < 10
