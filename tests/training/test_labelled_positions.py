@@ -14,21 +14,13 @@ from trl import SFTTrainer
 
 from families.chain import made_model
 from families.configs import tiny_config
+from labelled_items import ITEMS, NUM_LABELLED, batch_of
 from metier.config import RunConfig
-from metier.data.collate import Collator
-from metier.data.encode import Encoded
 from metier.methods.wrap import wrap
 from metier.models.own_logits import has_plain_head
 from metier.training.labelled_positions import layers_of
 from metier.training.trainer import make_trainer
 from tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
-
-ITEMS = [
-    Encoded(list(range(5, 25)), [-100] * 15 + list(range(20, 25)), "long"),
-    Encoded(list(range(7, 14)), [-100] * 4 + list(range(11, 14)), "short"),
-    Encoded(list(range(30, 36)), list(range(30, 36)), "all of it"),
-]
-NUM_LABELLED = 5 + 3 + 5
 
 
 @pytest.fixture(params=["full", "lora"])
@@ -106,14 +98,14 @@ def test_a_step_is_the_same_however_its_records_are_parted(
     model = tiny_model("deepseek_v2")
     if accepts is not None:
         model.accepts_loss_kwargs = accepts
-    expected = model(**_batch(ITEMS)).logits[:, :-1].flatten(0, 1)
-    labels = _batch(ITEMS)["labels"][:, 1:].flatten()
+    expected = model(**batch_of(ITEMS)).logits[:, :-1].flatten(0, 1)
+    labels = batch_of(ITEMS)["labels"][:, 1:].flatten()
     wanted = torch.nn.functional.cross_entropy(expected, labels, ignore_index=-100)
     wrapped = wrap(model, config, None)
     made = make_trainer(wrapped, tiny_tokenizer(), ITEMS, config, tmp_path / "c", eval_items=None, callbacks=[])
     made.current_gradient_accumulation_steps = len(parts)
     firsts = [sum(parts[:number]) for number in range(len(parts))]
-    batches = [_batch(ITEMS[first : first + size]) for first, size in zip(firsts, parts, strict=True)]
+    batches = [batch_of(ITEMS[first : first + size]) for first, size in zip(firsts, parts, strict=True)]
     num_items = made._get_num_items_in_batch(batches, torch.device("cpu"))
     made.optimizer = torch.optim.SGD(made.model.parameters())
     total = sum(made.training_step(made.model, batch, num_items) for batch in batches)
@@ -142,7 +134,7 @@ def test_a_run_trains_on_the_models_own_logits(kind: str, configure: Callable[..
             parameter.mul_(30)
     config = configure(method="full")
     made = make_trainer(model, tiny_tokenizer(), ITEMS, config, tmp_path / "c", eval_items=None, callbacks=[])
-    batch = _batch(ITEMS)
+    batch = batch_of(ITEMS)
     made.model.eval()
     with torch.no_grad():
         got = made.compute_loss(made.model, dict(batch), num_items_in_batch=torch.tensor(NUM_LABELLED))
@@ -151,8 +143,3 @@ def test_a_run_trains_on_the_models_own_logits(kind: str, configure: Callable[..
     wanted = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), ignore_index=-100)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     assert has_plain_head(model) is (kind == "llama")
-
-
-def _batch(items: list[Encoded]) -> dict[str, Tensor]:
-    batch = Collator(0)([{"input_ids": i.input_ids, "labels": i.labels, "origin": i.origin} for i in items])
-    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}

@@ -15,18 +15,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from families.chain import made_model
 from families.configs import tiny_config
+from labelled_items import ITEMS, NUM_LABELLED, batch_of
 from metier.config import RunConfig
-from metier.data.collate import Collator
-from metier.data.encode import Encoded
 from metier.training.trainer import make_trainer
 from tiny_models import tiny_tokenizer
 
-ITEMS = [
-    Encoded(list(range(5, 25)), [-100] * 15 + list(range(20, 25)), "long"),
-    Encoded(list(range(7, 14)), [-100] * 4 + list(range(11, 14)), "short"),
-    Encoded(list(range(30, 36)), list(range(30, 36)), "all of it"),
-]
-NUM_LABELLED = torch.tensor(5 + 3 + 5)
 ANSWER_NOTHING = {
     # as they are made here
     "dbrx", "glm46v", "glm4v", "glm_ocr", "glmga", "longcat_flash", "paddleocr_vl", "qwen2_5_omni_thinker", "qwen2_5_vl", "xmod",
@@ -56,8 +49,7 @@ def loss_of_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> float:
 
 @pytest.mark.slow
 def test_every_decoder_trains_on_its_own_logits(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
-    rows = [{"input_ids": i.input_ids, "labels": i.labels, "origin": i.origin} for i in ITEMS]
-    batch = {name: value for name, value in Collator(0)(rows).items() if isinstance(value, Tensor)}
+    batch = batch_of(ITEMS)
     losses, failed = {}, {}
     logging.disable(logging.WARNING)
     try:
@@ -75,7 +67,9 @@ def test_every_decoder_trains_on_its_own_logits(configure: Callable[..., RunConf
                 config, folder = configure(method="full"), tmp_path / kind
                 trainer = make_trainer(model, tiny_tokenizer(), ITEMS, config, folder, eval_items=None, callbacks=[])
                 trainer.model.eval()
-                got = float(trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=NUM_LABELLED))
+                got = float(
+                    trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(NUM_LABELLED))
+                )
             losses[kind] = (got, wanted)
     finally:
         logging.disable(logging.NOTSET)

@@ -143,9 +143,14 @@ def token_mean_loss(outputs: Any, labels_BT: Tensor, num_items_in_batch: Tensor 
         labels_BT: not moved: position t of the logits predicts label t.
         num_items_in_batch: labelled tokens of the whole step; None for those of `labels_BT`.
     """
-    logits_NV = outputs.logits.flatten(0, 1).float()
+    return mean_cross_entropy(outputs.logits, labels_BT, num_items_in_batch)
+
+
+def mean_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """`token_mean_loss` of logits, (B, T, vocabulary)."""
+    logits_NV = logits_BTV.flatten(0, 1).float()
     total = torch.nn.functional.cross_entropy(logits_NV, labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total / ((labels_BT != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+    return total / ((labels_BT != IGNORED).sum() if num_items is None else num_items)
 
 
 def _reply_ids(record: Record, index: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:

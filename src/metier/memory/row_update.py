@@ -155,7 +155,7 @@ def buffer_bytes(
         on_cpu: where the rows are updated.
     """
     columns = 2 * hidden_size
-    if _can_be_in_place(columns, dtype, state_dtype, on_cpu=on_cpu) and 4 * columns >= IN_PLACE_BYTES and not is_exact:
+    if not is_exact and not are_copied(hidden_size, dtype, state_dtype, share=0, on_cpu=on_cpu):
         return 0
     return 4 * min(_rows_of_chunk(columns, on_cpu=on_cpu), num_rows) * columns * 4
 

@@ -17,13 +17,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
 from trl.trainer import utils as trl_head
 
 from metier.catalogue.tree import method_of
 from metier.config import RunConfig
 from metier.data.encode import IGNORED
-from metier.data.pairs import token_mean_loss
+from metier.data.pairs import mean_cross_entropy
 from metier.errors import UnsupportedModelError
 from metier.memory.collector import at_rest
 from metier.memory.frozen_weight import FrozenWeight
@@ -204,7 +203,7 @@ def _loss_of(
     elif not has_plain_head(model):
         with around:
             _, logits_BTV = own_logits(model, inputs, labels_BT.shape[1])
-        loss = token_mean_loss(CausalLMOutput(logits=logits_BTV[:, :-1]), labels_BT[:, 1:], 1)
+        loss = mean_cross_entropy(logits_BTV[:, :-1], labels_BT[:, 1:], 1)
         alive = ()
     else:
         with around:

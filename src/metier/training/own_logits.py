@@ -7,10 +7,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
 
-from metier.data.pairs import token_mean_loss
+from metier.data.pairs import mean_cross_entropy
 from metier.models.own_logits import own_logits
 
 
@@ -26,7 +25,7 @@ def train_on_own_logits(trainer: SFTTrainer) -> None:
         labels_BT: Tensor = inputs["labels"]
         given = {name: value for name, value in inputs.items() if name != "labels"}
         outputs, logits_BTV = own_logits(model, given, labels_BT.shape[1])
-        loss = token_mean_loss(CausalLMOutput(logits=logits_BTV[:, :-1]), labels_BT[:, 1:], num_items_in_batch)
+        loss = mean_cross_entropy(logits_BTV[:, :-1], labels_BT[:, 1:], num_items_in_batch)
         if trainer.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * trainer.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
